@@ -1,0 +1,233 @@
+"""The command line: `tfusion {fit,validate,predict}`, also `python -m tfusion`.
+
+A LightningCLI in which `trainer.default_root_dir`, the run folder, alone decides where a run's files are, and
+config.yaml and the command line alone its settings. What can be refused is refused before any data is read.
+Start reading here: `main` -> `TfusionCLI` -> `tfusion/training/transfusion.py`, where the loss is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from tfusion.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, Checkpoint
+from tfusion.callbacks.ema import EMA
+from tfusion.callbacks.perplexity import Perplexity
+from tfusion.callbacks.progress import LossProgressBar
+from tfusion.callbacks.samples import SampleGrid
+from tfusion.callbacks.training_metrics import TrainingMetrics
+from tfusion.callbacks.writer import PredictionWriter
+from tfusion.data.datamodule import MultimodalDataModule
+from tfusion.training import run_folder
+from tfusion.training.transfusion import TransfusionModule  # noqa: F401 (so that YAML may name it, as --help does)
+
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the data module divides rows among ranks itself
+    "max_epochs": -1,  # the training data has no end: max_steps stops a run
+    "check_val_every_n_epoch": None,  # val_check_interval counts over the whole run
+    "gradient_clip_val": 1.0,  # the paper's
+    "num_sanity_val_steps": 0,  # the first validation must not depend on a rehearsal
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # it would list the model twice, once as its average
+}
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose refusals can be read."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: two hundred options would push the message off the screen; `--help` has them."""
+
+
+class ConfigWriter(SaveConfigCallback):
+    """Write the run's config.yaml, the one that `validate`, `predict` and a resume are given."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write all settings, atomically, less the checkpoint: which one is said at each start."""
+        config = self.config.clone()
+        config.pop("ckpt_path", None)
+        root = Path(trainer.default_root_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        run_folder.write_atomically(root / "config.yaml", self.parser.dump(config, skip_none=False))
+
+
+class TfusionCLI(LightningCLI):
+    """Lightning's CLI with the run folder as its only place and its config.yaml as the truth."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the three commands, and the arguments of the Trainer's methods that are not the user's."""
+        ours = {"model", "datamodule", "weights_only"}
+        return {
+            "fit": ours | {"train_dataloaders", "val_dataloaders"},
+            "validate": ours | {"dataloaders"},
+            "predict": ours | {"dataloaders", "return_predictions"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Make callbacks argument groups: `--checkpoint.every_n_train_steps 5`, `--ema.decay 0.999`, ..."""
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(Perplexity, "metrics")
+        parser.add_lightning_class_args(SampleGrid, "samples")
+        parser.add_lightning_class_args(PredictionWriter, "writer")
+        # Before `checkpoint`, so that last.ckpt holds the score of the validation just done.
+        parser.add_lightning_class_args(BestCheckpoint, "best")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would silently prefer the checkpoint's settings to the command line's."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle run folder and checkpoint, and refuse what cannot work, before time is spent."""
+        config = self.config[self.subcommand]
+        root = _run_folder(config.trainer.default_root_dir)
+        config.trainer.default_root_dir = str(root)
+        if config.ckpt_path is not None:
+            config.ckpt_path = str(run_folder.find_checkpoint(root, config.ckpt_path))
+        self.save_config_callback = None
+        if self.subcommand != "fit":
+            if config.ckpt_path is None and config.get("model.init_args.init_from") is None:
+                raise ValueError(
+                    f"{self.subcommand} got no weights; expected --ckpt_path last, best or a path"
+                )
+        elif not config.trainer.fast_dev_run:
+            _check_validation_interval(config.trainer)
+            if config.ckpt_path is None:
+                run_folder.refuse_used_folder(root)
+            if config.ckpt_path is None or not (root / "config.yaml").exists():
+                self.save_config_callback = ConfigWriter
+                self.save_config_kwargs = {"save_to_log_dir": False}
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer with the run folder's own loggers and checkpoint writer, and lock the folder."""
+        config = self.config_init[self.subcommand].trainer
+        root = config.default_root_dir
+        callbacks = _as_list(config.callbacks)
+        kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
+        kwargs["logger"] = False
+        if self.subcommand == "fit":
+            own = [run_folder.MetricsLogger(root), run_folder.EventsLogger(root)]
+            kwargs["logger"] = own + _as_list(config.logger)
+            callbacks.append(TrainingMetrics())
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(LossProgressBar())
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        # Only now is the global rank known, on every launcher.
+        if trainer.is_global_zero and self.subcommand != "validate" and not config.fast_dev_run:
+            run_folder.lock(Path(root))
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # the writer has written them
+        return kwargs
+
+
+def _run_folder(default_root_dir: str | os.PathLike[str] | None) -> Path:
+    if default_root_dir is None:
+        raise ValueError(
+            "got no trainer.default_root_dir, expected the run folder, where everything of a run goes; "
+            "set it in the YAML or with --trainer.default_root_dir runs/NAME"
+        )
+    return Path(default_root_dir).expanduser().absolute()
+
+
+def _check_validation_interval(config: Any) -> None:
+    """Refuse intervals at which validation would never run, or run between micro-batches of a step."""
+    interval, accumulate = config.val_check_interval, config.accumulate_grad_batches
+    if config.limit_val_batches == 0:
+        return
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(
+            f"got trainer.val_check_interval {interval}, expected a number of batches, for training data has no "
+            "end; set it, or trainer.limit_val_batches to 0 to go without validation"
+        )
+    if interval % accumulate:
+        nearest = max(accumulate, round(interval / accumulate) * accumulate)
+        raise ValueError(
+            f"got trainer.val_check_interval {interval} with trainer.accumulate_grad_batches {accumulate}; "
+            "Lightning counts micro-batches, so it would validate in the middle of an optimizer step; "
+            f"expected a multiple, such as {nearest}"
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Take the Trainer's ways to say none or a default (ours replace it), one, or several."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _quieten() -> None:
+    """Silence what Lightning says of things that are as we want them; nothing that tfusion says."""
+    ignored = [
+        r"The '\w+' does not have many workers",  # packing is light; data.num_workers is the user's choice
+        r"Found \d+ module\(s\) in eval mode",  # ema_model, which never trains
+        r"The `srun` command is available",  # a single process is a fine way to run
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
+    ]
+    for message in ignored:
+        warnings.filterwarnings("ignore", message=message)
+    # Advertisements, the seed of a generator that nothing in tfusion reads, hardware that torch does not drive.
+    unwanted = ("Tip: For seamless", "Seed set to", "TPU available")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logger = logging.getLogger(name)
+        logger.addFilter(lambda record: not any(text in record.getMessage() for text in unwanted))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those it came up in: Lightning's cleaning up after a refusal may fail on meta tensors."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_for_the_user(error: BaseException) -> bool:
+    """Say whether an error is a refusal, worded for the user, or an accident that needs its traceback."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals.get("__package__") or ""
+    return isinstance(error, ValueError) and package.split(".")[0] == "tfusion"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `tfusion` with the command line's arguments (or these).
+
+    Exits with 2 and one message where the input is refused; TFUSION_TRACEBACK=1 shows the traceback instead.
+    """
+    _quieten()
+    try:
+        TfusionCLI(
+            pl.LightningModule,
+            MultimodalDataModule,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,  # for completeness: training draws from generators of its own
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=Parser,
+            parser_kwargs={"prog": "tfusion", "description": "Train, validate and sample Transfusion models."},
+            args=args,
+        )
+    except Exception as error:
+        refusals = [cause for cause in _chain(error) if _is_for_the_user(cause)]
+        if os.environ.get("TFUSION_TRACEBACK") == "1" or not refusals:
+            raise
+        sys.stderr.write(f"tfusion: error: {refusals[0]}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

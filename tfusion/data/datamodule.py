@@ -1,0 +1,329 @@
+"""`MultimodalDataModule`: corpora in, packed batches out, and the data's position for an exact resume."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from tfusion.data.corpora import CaptionedImage, ImageCorpus, TextCorpus
+from tfusion.data.mixture import CaptionedDocuments, Mixture, TextPieces
+from tfusion.data.prompts import read_prompts
+from tfusion.data.steps import MicroBatches, StepDataset, StepLayout
+from tfusion.data.validation import GIVEN_IMAGE, ValidationRows, caption_documents, text_documents
+from tfusion.requests import GenerationConfig, Request, parse_request
+from tfusion.sequence import Batch, RowShape
+from tfusion.tokenizers.text import TextTokenizer
+
+
+class MultimodalDataModule(L.LightningDataModule):
+    """Interleave corpora of captioned pictures and of text into rows of exactly `seq_len` positions.
+
+    Args:
+        image_corpora: captioned pictures, all of one size.
+        text_corpora: texts.
+        vocab_size: of the tokenizer with the 5 special ids; must be the model's.
+        tokenizer_file: a `tokenizer.json`; None = byte-level BPE trained on the corpora.
+        seq_len: T, positions a row (paper: 4096).
+        rows_per_step: R, rows of one optimizer step over all ranks and micro-batches (paper: 512).
+        image_share: target share of positions in image documents (paper: 0.5).
+        caption_first: share of image documents with the caption first (paper: 0.8).
+        caption_drop: share of those that lose the caption, for guidance (JanusFlow, BAGEL: 0.1).
+        image_first_noise_limit: highest noise where the image comes first, as a fraction (paper: 1, or 0.5 in table 8).
+        max_images_per_row: K, image slots a row; None = as many as fit.
+        lanes: streams a row; num_workers divides it.
+        num_workers: processes that make training batches.
+        val_rows: rows a validation batch and rank.
+        max_val_images: pictures validated a corpus.
+        seed: of order, mixture and noise.
+        prompts: `prompts.jsonl` for `predict`.
+        predict_batch_size: requests decoded together.
+    """
+
+    def __init__(
+        self,
+        image_corpora: list[ImageCorpus] | None = None,
+        text_corpora: list[TextCorpus] | None = None,
+        vocab_size: int = 4096,
+        tokenizer_file: str | None = None,
+        seq_len: int = 4096,
+        rows_per_step: int = 16,
+        image_share: float = 0.5,
+        caption_first: float = 0.8,
+        caption_drop: float = 0.1,
+        image_first_noise_limit: float = 1.0,
+        max_images_per_row: int | None = None,
+        lanes: int = 8,
+        num_workers: int = 0,
+        val_rows: int = 16,
+        max_val_images: int = 1000,
+        seed: int = 0,
+        prompts: str | None = None,
+        predict_batch_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.image_corpora, self.text_corpora = image_corpora or [], text_corpora or []
+        self.vocab_size, self.tokenizer_file, self.seq_len = vocab_size, tokenizer_file, seq_len
+        self.rows_per_step, self.lanes, self.num_workers, self.seed = rows_per_step, lanes, num_workers, seed
+        self.image_share, self.caption_first, self.caption_drop = image_share, caption_first, caption_drop
+        self.image_first_noise_limit, self.max_images_per_row = image_first_noise_limit, max_images_per_row
+        self.val_rows, self.max_val_images = val_rows, max_val_images
+        self.prompts, self.predict_batch_size = prompts, predict_batch_size
+        self._check_arguments()
+        self.tokenizer: TextTokenizer | None = None
+        self.mixture: Mixture | None = None
+        self.val_views: list[str] = []
+        self.step, self.positions = 0, {}  # of the data: committed when a whole step has been consumed
+
+    def _check_arguments(self) -> None:
+        for name in ("image_share", "caption_first", "caption_drop", "image_first_noise_limit"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, expected a share between 0 and 1")
+        for name in ("seq_len", "rows_per_step", "lanes", "val_rows", "max_val_images", "predict_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, expected a whole number >= 1")
+        if not self.image_corpora and not self.text_corpora:
+            raise ValueError("no corpus: give data.image_corpora, data.text_corpora or both")
+        if self.image_corpora and self.image_share == 0:
+            raise ValueError("data.image_share is 0 with image corpora: raise it, or leave out data.image_corpora")
+        sizes = {corpus.name: corpus.image_size for corpus in self.image_corpora}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"image corpora of several sizes {sizes}: give all the same image_size")
+        names = [corpus.name for corpus in self.image_corpora + self.text_corpora]
+        if len(set(names)) < len(names):
+            raise ValueError(f"corpora of the same name in {names}: their metrics could not be told apart")
+        if self.prompts is not None and not os.path.isfile(self.prompts):
+            raise ValueError(f"data.prompts is {self.prompts!r}, which is no file: give the path of a prompts.jsonl")
+
+    def setup(self, stage: str) -> None:
+        """Load corpora, tokenizer and prompts; check them against the model, before any time is spent."""
+        if stage == "predict":
+            self._prepare_predict()
+            return
+        if self.mixture is None:
+            self._prepare_mixture()
+        if stage == "fit":
+            self.layout = StepLayout(
+                self.rows_per_step,
+                self.lanes,
+                self.trainer.accumulate_grad_batches,
+                self.trainer.world_size,
+                self.trainer.global_rank,
+                self.num_workers,
+            )
+        self.val_views = [
+            *(corpus.name for corpus in self.text_corpora),
+            *(corpus.name + ending for corpus in self.image_corpora for ending in ("", GIVEN_IMAGE)),
+        ]
+
+    def _prepare_predict(self) -> None:
+        if self.prompts is None:
+            raise ValueError("predict needs data.prompts: give --data.prompts prompts.jsonl (README, 'Prompts')")
+        defaults = getattr(self.trainer.lightning_module, "generation", None) or GenerationConfig()
+        self.requests = read_prompts(self.prompts, defaults)
+
+    def _prepare_mixture(self) -> None:
+        texts = [text for corpus in self.text_corpora for text in _load(corpus, "train")]
+        pictures = _Concatenated([_load(corpus, "train") for corpus in self.image_corpora])
+        self.tokenizer = self._make_tokenizer(texts, pictures)
+        shape = self._row_shape()
+        images = None
+        if self.image_corpora:
+            images = CaptionedDocuments(
+                pictures,
+                self.tokenizer,
+                self.seed,
+                self.caption_first,
+                self.caption_drop,
+                self.image_first_noise_limit,
+            )
+            self._check_rows(shape, images)
+        piece_bytes = max(2048, 4 * self.seq_len)
+        self.mixture = Mixture(
+            TextPieces(texts, self.tokenizer, piece_bytes) if texts else None,
+            images,
+            shape,
+            self.image_share if texts else 1.0,
+            self.seed,
+            self.lanes * self.rows_per_step,
+        )
+
+    def _make_tokenizer(self, texts: list[str], pictures: Sequence[CaptionedImage]) -> TextTokenizer:
+        if self.tokenizer_file is not None:
+            tokenizer = TextTokenizer.from_file(self.tokenizer_file)
+        else:
+            captions = [caption for picture in pictures for caption in picture.captions]
+            tokenizer = TextTokenizer.train([*texts, *captions], self.vocab_size)
+        wanted = self.trainer.lightning_module.model_vocab_size
+        if tokenizer.vocab_size != wanted:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {wanted}: "
+                f"set model vocab_size to {tokenizer.vocab_size}, or data.vocab_size to {wanted}"
+            )
+        return tokenizer
+
+    def _row_shape(self) -> RowShape:
+        module = self.trainer.lightning_module
+        if self.seq_len > module.max_seq_len:
+            raise ValueError(
+                f"data.seq_len {self.seq_len} is longer than the model's max_seq_len {module.max_seq_len}: "
+                "make them equal"
+            )
+        size = self.image_corpora[0].image_size if self.image_corpora else None
+        if size is not None and tuple(module.image_tokenizer.latent_shape(size)) != module.latent_shape:
+            raise ValueError(
+                f"pictures of {size} x {size} become latents of {module.image_tokenizer.latent_shape(size)}, "
+                f"the model's latent_shape is {module.latent_shape}: make them equal"
+            )
+        most = self.seq_len // (module.num_patches + 2)
+        if size is not None and most == 0:
+            raise ValueError(
+                f"data.seq_len {self.seq_len} is shorter than one image of {module.num_patches} patches and its "
+                f"markers: take at least {module.num_patches + 4} plus the longest caption, or larger patches"
+            )
+        slots = most if self.max_images_per_row is None else self.max_images_per_row
+        image_shape = None if size is None else (3, size, size)
+        return RowShape(self.seq_len, module.num_patches, slots if size else 0, module.latent_shape, image_shape)
+
+    def _check_rows(self, shape: RowShape, images: CaptionedDocuments) -> None:
+        """The first thousand image documents fit a row, and the slots can hold the share of images."""
+        lengths = [images.get(0, i).length(shape.num_patches) for i in range(min(len(images.pictures), 1000))]
+        if max(lengths) > shape.seq_len:
+            raise ValueError(
+                f"an image document takes {max(lengths)} positions, data.seq_len is {shape.seq_len}: "
+                f"raise it to at least {max(lengths)}, or take larger patches"
+            )
+        reach = shape.max_images * sum(lengths) / len(lengths) / shape.seq_len
+        if reach < 0.9 * self.image_share:
+            raise ValueError(
+                f"data.max_images_per_row {shape.max_images} fills about {reach:.0%} of a row, data.image_share asks "
+                f"for {self.image_share:.0%}: raise the former or lower the latter"
+            )
+
+    def train_dataloader(self) -> MicroBatches:
+        """Micro-batches from the committed position on."""
+        dataset = StepDataset(self.mixture, self.layout, self.seed, self.step, self.positions)
+        options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if self.num_workers else {}
+        pinned = self.trainer.strategy.root_device.type == "cuda"
+        return MicroBatches(
+            DataLoader(dataset, batch_size=None, num_workers=self.num_workers, pin_memory=pinned, **options)
+        )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader a view, in the order of `val_views`."""
+        tokenizer, shape = self.tokenizer, self.mixture.shape
+        documents = [text_documents(_load(corpus, "val"), tokenizer) for corpus in self.text_corpora]
+        for corpus in self.image_corpora:
+            pictures = _load(corpus, "val")
+            for image_first in (False, True):
+                documents.append(caption_documents(pictures, tokenizer, image_first, self.max_val_images))
+        loaders = []
+        for view, view_documents in zip(self.val_views, documents, strict=True):
+            rank, ranks = self.trainer.global_rank, self.trainer.world_size
+            rows = ValidationRows(view, view_documents, shape, self.seed, rank, ranks)
+            loaders.append(DataLoader(rows, batch_size=self.val_rows, collate_fn=rows.collate))
+        return loaders
+
+    def predict_dataloader(self) -> DataLoader:
+        """Lists of (number, request); rank r has requests r, r + W, ..."""
+        requests = list(enumerate(self.requests))[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(requests, batch_size=self.predict_batch_size, collate_fn=list)  # type: ignore[arg-type]
+
+    def sample_requests(self, num_images: int, num_captions: int, num_texts: int) -> list[Request]:
+        """Fixed requests to look at during training, from the first training pictures and held-out text."""
+        defaults = self.trainer.lightning_module.generation
+        requests: list[dict[str, Any]] = []
+        if self.image_corpora:
+            pictures = self.mixture.images.pictures
+            first = [pictures[i] for i in range(min(len(pictures), max(num_images, num_captions)))]
+            requests += [{"segments": [p.captions[0]], "generate": "image"} for p in first[:num_images]]
+            requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions]]
+        lines = [line for corpus in self.text_corpora for text in _load(corpus, "val") for line in text.splitlines()]
+        openings = [line for line in lines if len(line) > 30][:num_texts]
+        text = {"generate": "text", "temperature": 0.8, "top_p": 0.95}
+        requests += [{"segments": [line + "\n"], "seed": i, **text} for i, line in enumerate(openings)]
+        return [parse_request(request, defaults) for request in requests]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Commit the position that a consumed (not a prefetched) micro-batch carries."""
+        if isinstance(batch, Batch) and batch.position is not None and self.trainer.training:
+            self.step, after = batch.position
+            self.positions.update(after)
+            batch.position = None
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of all streams, gathered over ranks; collective."""
+        positions = dict(self.positions)
+        if dist.is_available() and dist.is_initialized():
+            tables: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(tables, positions)
+            for table in tables:  # a stream's owner is the one that has emitted most of its rows
+                for stream, position in table.items():
+                    positions[stream] = max(positions.get(stream, position), position)
+        return {"step": self.step, "positions": positions, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's position, on any layout of the same rows.
+
+        Raises:
+            ValueError: the data or the rows a step are not those of the checkpoint.
+        """
+        for name, here in self._identity().items():
+            if state[name] != here:
+                raise ValueError(
+                    f"the checkpoint was trained with {name} {state[name]!r}, this run has {here!r}: an exact resume "
+                    "needs the same data, seed and rows; set them back, or start a new run in another folder"
+                )
+        self.step, self.positions = state["step"], dict(state["positions"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What the position means anything for."""
+        mixture = self.mixture
+        return {
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "rows_per_step": self.rows_per_step,
+            "lanes": self.lanes,
+            "image_share": self.image_share,
+            "num_texts": len(mixture.texts) if mixture and mixture.texts else 0,
+            "num_pictures": len(mixture.images.pictures) if mixture and mixture.images else 0,
+            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
+        }
+
+
+def to_pil(picture: CaptionedImage) -> Any:
+    """A corpus picture as PIL."""
+    from PIL import Image as PILImage
+
+    return PILImage.fromarray(picture.image.permute(1, 2, 0).numpy())
+
+
+def _load(corpus: ImageCorpus | TextCorpus, split: str) -> Sequence[Any]:
+    """A corpus's split, which may not be empty."""
+    documents = corpus.load(split)  # type: ignore[arg-type]
+    if len(documents) == 0:
+        raise ValueError(f"corpus {corpus.name!r} has no document in its split {split!r}: give it more data")
+    return documents
+
+
+class _Concatenated(Sequence[Any]):
+    """Several corpora as one, each as large as it is."""
+
+    def __init__(self, parts: list[Sequence[Any]]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)

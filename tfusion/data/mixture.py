@@ -1,0 +1,239 @@
+"""From corpora to rows: documents out of corpora, their mixture, and their packing into rows of exactly T.
+
+The share of positions in image documents (captions and markers included) is kept at its target by deficit, not by
+chance: while images are owed positions the next document is an image, else text. An image document moves whole, and
+text fills the gap before it; so with a text corpus no position is left empty. Without one, documents are placed best
+fit out of a look-ahead of 64. A stream's whole state is `StreamPosition`, a few integers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tfusion.data.corpora import CaptionedImage
+from tfusion.data.order import element
+from tfusion.randomness import seed_from, uniform
+from tfusion.sequence import Document, Image, Row, RowShape
+from tfusion.tokenizers.text import TextTokenizer
+
+logger = logging.getLogger(__name__)
+LOOK_AHEAD = 64  # image documents considered for a row where no text fills gaps
+SHARE_UNIT = 10_000  # deficits are whole numbers of 1 / SHARE_UNIT positions
+
+
+class TextPieces(Sequence[Document]):
+    """Texts cut at line ends into pieces of at most `max_bytes` (one line may be longer); each piece is an element.
+
+    Only a text's first piece has BOS, only its last EOS; the last token of a piece is labelled with the first token
+    of the next. Pieces are tokenised apart, so a piece is a pure function of its place.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: TextTokenizer, max_bytes: int) -> None:
+        self.tokenizer = tokenizer
+        self.pieces = [
+            (text, piece) for text, document in enumerate(texts) for piece in cut_text(document, max_bytes)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: int) -> Document:
+        text, piece = self.pieces[index]
+        first = index == 0 or self.pieces[index - 1][0] != text
+        last = index + 1 == len(self.pieces) or self.pieces[index + 1][0] != text
+        next_id = None if last else self.tokenizer.encode(self.pieces[index + 1][1])[0]
+        return Document((self.tokenizer.encode(piece),), bos=first, eos=last, next_id=next_id)
+
+
+def cut_text(text: str, max_bytes: int) -> list[str]:
+    """Pieces of whole lines, as many lines as fit in `max_bytes`; their concatenation is the text."""
+    pieces: list[str] = []
+    piece, size = [], 0
+    for line in text.splitlines(keepends=True):
+        length = len(line.encode())
+        if piece and size + length > max_bytes:
+            pieces.append("".join(piece))
+            piece, size = [], 0
+        piece.append(line)
+        size += length
+    return [*pieces, "".join(piece)] if piece else pieces
+
+
+@dataclass(frozen=True)
+class CaptionedDocuments:
+    """Captioned pictures as documents, with the paper's random choices made per (seed, epoch, document).
+
+    Args:
+        pictures: the corpus.
+        tokenizer: of the captions.
+        seed: of the choices.
+        caption_first: share of documents with the caption before the image (paper: 0.8).
+        caption_drop: share of the caption-first documents that lose it, for guidance (JanusFlow, BAGEL: 0.1).
+        image_first_noise_limit: upper end of the noise range where the image comes first (paper's table 8: 0.5).
+    """
+
+    pictures: Sequence[CaptionedImage]
+    tokenizer: TextTokenizer
+    seed: int
+    caption_first: float
+    caption_drop: float
+    image_first_noise_limit: float
+
+    def get(self, epoch: int, index: int) -> Document:
+        """The document of a picture in an epoch."""
+        picture = self.pictures[index]
+
+        def chance(what: str) -> float:
+            return uniform(what, self.seed, epoch, index)
+
+        if chance("order") >= self.caption_first:
+            image = Image(picture.image, self.image_first_noise_limit)
+            return Document((image, self._caption(picture, epoch, index)))
+        if chance("drop") < self.caption_drop:
+            return Document((Image(picture.image),))
+        return Document((self._caption(picture, epoch, index), Image(picture.image)))
+
+    def _caption(self, picture: CaptionedImage, epoch: int, index: int) -> list[int]:
+        choice = seed_from("caption", self.seed, epoch, index) % len(picture.captions)
+        return self.tokenizer.encode(picture.captions[choice])
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a stream stands: all that a resume needs.
+
+    `rows` emitted, `text` and `images` elements taken, `offset` positions of the current text element that earlier
+    rows hold, `deficit` owed to images (1 / SHARE_UNIT positions), `pending` image elements looked at, not placed.
+    """
+
+    rows: int = 0
+    text: int = 0
+    offset: int = 0
+    images: int = 0
+    deficit: int = 0
+    pending: tuple[int, ...] = ()
+
+    def as_tuple(self) -> tuple:
+        return dataclasses.astuple(self)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What all streams share: the two sources and how they are mixed.
+
+    Args:
+        texts: pieces; None = no text corpus.
+        images: captioned documents; None = no image corpus.
+        shape: of a row.
+        image_share: target share of positions in image documents (paper: 0.5).
+        seed: of the order.
+        num_streams: S.
+    """
+
+    texts: TextPieces | None
+    images: CaptionedDocuments | None
+    shape: RowShape
+    image_share: float
+    seed: int
+    num_streams: int
+
+    def text(self, stream: int, taken: int) -> Document:
+        """The stream's element number `taken` of the text."""
+        assert self.texts is not None
+        return self.texts[element("text", len(self.texts), self.seed, stream + taken * self.num_streams)[1]]
+
+    def image(self, stream: int, taken: int) -> Document:
+        """The stream's element number `taken` of the pictures."""
+        assert self.images is not None
+        index = stream + taken * self.num_streams
+        return self.images.get(*element("image", len(self.images.pictures), self.seed, index))
+
+
+class Stream:
+    """One stream of packed rows; `next_row()` moves `position` on by one row."""
+
+    def __init__(self, mixture: Mixture, number: int, position: StreamPosition) -> None:
+        self.mixture, self.number, self.position = mixture, number, position
+        self._text: Document | None = None  # what is left of the current element, a cache of the position
+        self._pending: dict[int, Document] = {}
+
+    def next_row(self) -> list[Document]:
+        """Documents that fill a row of T positions."""
+        row = Row(self.mixture.shape)
+        if self.mixture.texts is None:
+            self._fill_best_fit(row)
+        else:
+            while row.room:
+                if not (self.mixture.images and self.position.deficit >= 0 and self._add_image(row)):
+                    self._add_text(row)
+        self.position = dataclasses.replace(self.position, rows=self.position.rows + 1)
+        return row.documents
+
+    def _add_image(self, row: Row) -> bool:
+        """Add the next picture's document if it fits."""
+        document = self._next_fitting()
+        if not row.fits(document):
+            return False
+        row.add(document)
+        self._pending.clear()
+        self._count(document.length(self.mixture.shape.num_patches), image=True, images=self.position.images + 1)
+        return True
+
+    def _add_text(self, row: Row) -> None:
+        position = self.position
+        if self._text is None:
+            self._text = self.mixture.text(self.number, position.text)
+            if position.offset:
+                self._text = self._text.cut(position.offset)[1]
+        before = row.used
+        self._text = row.add(self._text)
+        used = row.used - before
+        if self._text is None:
+            self._count(used, image=False, text=position.text + 1, offset=0)
+        else:
+            self._count(used, image=False, offset=position.offset + used)
+
+    def _count(self, used: int, image: bool, **changes: int) -> None:
+        share = round(self.mixture.image_share * SHARE_UNIT)
+        deficit = self.position.deficit + used * (share - SHARE_UNIT if image else share)
+        self.position = dataclasses.replace(self.position, deficit=deficit, **changes)
+
+    def _next_fitting(self) -> Document:
+        """The next image document that a row can hold; longer ones are skipped and named."""
+        for _ in range(1000):
+            taken = self.position.images
+            document = self._pending.get(taken) or self.mixture.image(self.number, taken)
+            if Row(self.mixture.shape).fits(document):
+                self._pending[taken] = document
+                return document
+            length = document.length(self.mixture.shape.num_patches)
+            logger.warning("skipped an image document of %d positions: rows have %d", length, self.mixture.shape.seq_len)
+            self.position = dataclasses.replace(self.position, images=taken + 1)
+        raise ValueError("1000 image documents in a row are longer than seq_len: raise seq_len or shorten the captions")
+
+    def _fill_best_fit(self, row: Row) -> None:
+        """Pictures only: the oldest of the look-ahead, then whatever leaves the least room."""
+        shape = self.mixture.shape
+        waiting = {n: self._pending.get(n) or self.mixture.image(self.number, n) for n in self.position.pending}
+        taken = self.position.images
+        while True:
+            while len(waiting) < LOOK_AHEAD:
+                document = self.mixture.image(self.number, taken)
+                if Row(shape).fits(document):
+                    waiting[taken] = document
+                elif not waiting and taken - self.position.images > 1000:
+                    raise ValueError("1000 image documents are longer than seq_len: raise seq_len")
+                else:
+                    logger.warning("skipped an image document: rows have %d positions", shape.seq_len)
+                taken += 1
+            fitting = [n for n, document in waiting.items() if row.fits(document)]
+            if not fitting:
+                break
+            oldest = min(waiting)
+            longest = max(fitting, key=lambda n: (waiting[n].length(shape.num_patches), -n))
+            row.add(waiting.pop(oldest if not row.documents else longest))
+        self._pending = waiting
+        self.position = dataclasses.replace(self.position, images=taken, pending=tuple(sorted(waiting)))

@@ -1,0 +1,26 @@
+"""The diffusion loss at fixed timesteps and noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class DiffusionLoss(Metric):
+    """Mean over images of the per-image mean square."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "images"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, errors: Tensor, counted: Tensor) -> None:
+        """Add (I,) errors where `counted` (I,) bool."""
+        self.total += (errors.double() * counted).sum()
+        self.images += counted.sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.images.clamp(min=1)

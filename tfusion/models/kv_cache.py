@@ -1,0 +1,125 @@
+"""Static key-value cache of a batch of sequences, each of its own length.
+
+A row holds one document. Positions at or past a row's length are rubbish and never seen. Denoising reads the prefix
+without writing: the noisy patches' keys are used beside the cache and dropped.
+
+Legend: L layers, B rows, S capacity, T new positions.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from tfusion.models.attention import visible
+
+
+class KVCache:
+    """Keys and values of the positions so far, and what the mask rule needs to know of them.
+
+    Args:
+        num_layers, num_rows, num_kv_heads, head_dim: sizes of the model and the batch.
+        capacity: positions a row can hold; the longest `extend` is added to it, since rows that write fewer
+            positions than others write rubbish past their end.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_rows: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (num_layers, num_rows, num_kv_heads, capacity, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # zeros: 0 x masked rubbish must not be NaN
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.image_ids = torch.full((num_rows, capacity), -1, device=device)
+        self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.row_lengths = [0] * num_rows  # the same, known without asking the device
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def longest(self) -> int:
+        return max(self.row_lengths)
+
+    def select(self, rows: list[int]) -> KVCache:
+        """A copy of some rows."""
+        new = copy.copy(self)
+        index = torch.tensor(rows, device=self.lengths.device)
+        new.keys, new.values = self.keys[:, index], self.values[:, index]
+        new.image_ids, new.lengths = self.image_ids[index], self.lengths[index]
+        new.row_lengths = [self.row_lengths[row] for row in rows]
+        return new
+
+    def put(self, rows: list[int], source: KVCache, source_rows: list[int]) -> None:
+        """Overwrite some rows with rows of another cache of the same capacity."""
+        to = torch.tensor(rows, device=self.lengths.device, dtype=torch.long)
+        of = torch.tensor(source_rows, device=self.lengths.device, dtype=torch.long)
+        self.keys[:, to], self.values[:, to] = source.keys[:, of], source.values[:, of]
+        self.image_ids[to], self.lengths[to] = source.image_ids[of], source.lengths[of]
+        for row, source_row in zip(rows, source_rows, strict=True):
+            self.row_lengths[row] = source.row_lengths[source_row]
+
+    def view(self, image_ids: Tensor, write: bool) -> CacheView:
+        """What one forward of T new positions a row needs, (B, T) image ids (-1 off images)."""
+        return CacheView(self, image_ids, write)
+
+
+class CacheView:
+    """One forward's access to the cache: where the new positions stand and what they see.
+
+    With `write` the new keys go into the cache (the caller then calls `advance`), without it they stand beside it.
+    """
+
+    def __init__(self, cache: KVCache, image_ids: Tensor, write: bool) -> None:
+        self.cache, self.write = cache, write
+        B, T = image_ids.shape
+        new = cache.lengths[:, None] + torch.arange(T, device=image_ids.device)  # (B, T) index in its row
+        self.index = new
+        self.seen = cache.longest + T if write else cache.longest  # columns of the cache that are read
+        if self.seen > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} positions a row, {self.seen} are needed")
+        columns = torch.arange(self.seen, device=image_ids.device).expand(B, -1)
+        if write:
+            cache.image_ids.scatter_(1, new, image_ids)
+            key_index, key_image = columns, cache.image_ids[:, : self.seen]
+            in_row = columns < (cache.lengths + T)[:, None]
+        else:
+            key_index = torch.cat([columns, new], 1)
+            key_image = torch.cat([cache.image_ids[:, : self.seen], image_ids], 1)
+            in_row = torch.cat([columns < cache.lengths[:, None], torch.ones_like(new, dtype=torch.bool)], 1)
+        document = torch.where(in_row, 0, -1)[:, None, :]  # a row is one document; the rest belongs to none
+        self.mask = visible(
+            new[:, :, None],
+            key_index[:, None, :],
+            torch.zeros_like(document),
+            document,
+            image_ids[:, :, None],
+            key_image[:, None, :],
+            torch.zeros_like(document, dtype=torch.bool),
+        )[:, None]  # (B, 1, T, S)
+
+    def __call__(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values that the new positions may see; (B, H, T, K) -> (B, H, S, K)."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.write:
+            index = self.index[:, None, :, None].expand_as(key)
+            keys.scatter_(2, index, key.to(keys.dtype))
+            values.scatter_(2, index, value.to(values.dtype))
+            return keys[:, :, : self.seen], values[:, :, : self.seen]
+        keys = torch.cat([keys[:, :, : self.seen], key.to(keys.dtype)], 2)
+        return keys, torch.cat([values[:, :, : self.seen], value.to(values.dtype)], 2)
+
+    def advance(self, num_new: list[int]) -> None:
+        """Count `num_new[b]` of the written positions of row b as its own; the rest was rubbish."""
+        cache = self.cache
+        cache.lengths += torch.tensor(num_new, device=cache.lengths.device)
+        cache.row_lengths = [a + b for a, b in zip(cache.row_lengths, num_new, strict=True)]

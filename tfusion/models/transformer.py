@@ -1,0 +1,149 @@
+"""The trunk, Llama's flavour (Transfusion §4.1, footnote 4): pre-norm RMSNorm, SwiGLU, rotary positions, no biases.
+
+It knows neither text nor images: vectors in, vectors out. Options beyond the paper: grouped keys, QK-norm.
+
+Legend: B rows, T positions, D width, H heads, K head dim, F hidden width of the feed-forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tfusion.models.attention import Mask, attend
+from tfusion.models.kv_cache import CacheView
+
+
+def default_hidden_dim(dim: int) -> int:
+    """Llama's 8/3 D, rounded up to a multiple of 256 (64 below D = 1024)."""
+    multiple = 256 if dim >= 1024 else 64
+    return -(-8 * dim // 3 // multiple) * multiple
+
+
+class Rotary(nn.Module):
+    """Rotary position tables (RoFormer eq. 34), halves rotated as in Llama; fp32, filled by `fill_buffers`."""
+
+    def __init__(self, head_dim: int, max_seq_len: int, theta: float) -> None:
+        super().__init__()
+        self.theta = theta
+        self.register_buffer("cos", torch.empty(max_seq_len, head_dim // 2), persistent=False)
+        self.register_buffer("sin", torch.empty(max_seq_len, head_dim // 2), persistent=False)
+
+    def fill_buffers(self) -> None:
+        length, half = self.cos.shape
+        frequencies = self.theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (T, K/2)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) -> cos and sin, each (B, 1, T, K/2)."""
+        return self.cos[position_ids][:, None], self.sin[position_ids][:, None]
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate (B, H, T, K) by position, in fp32 at least."""
+    cos, sin = rotary
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with H query heads over H_kv key heads."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.qkv_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None
+    ) -> Tensor:
+        B, T, D = x.shape
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, K)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        if cache is not None:
+            k, v = cache(layer, k, v)
+        out = attend(q, k.to(q.dtype), v.to(q.dtype), mask)  # (B, H, T, K)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)  # (B, T, F) each
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    def __init__(
+        self, dim: int, num_heads: int, num_kv_heads: int, hidden_dim: int, qk_norm: bool, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention = Attention(dim, num_heads, num_kv_heads, qk_norm, norm_eps)
+        self.feed_forward_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.feed_forward = FeedForward(dim, hidden_dim)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask, layer, cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """L blocks and a final norm, (B, T, D) -> (B, T, D).
+
+    Args: as `Transfusion`'s of the same name.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        hidden_dim: int | None = None,
+        max_seq_len: int = 4096,
+        qk_norm: bool = False,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if dim % (2 * num_heads):
+            raise ValueError(f"dim {dim} must be a multiple of 2 x num_heads = {2 * num_heads} (rotary pairs)")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+        self.num_kv_heads, self.head_dim, self.max_seq_len = num_kv_heads, dim // num_heads, max_seq_len
+        self.rotary = Rotary(self.head_dim, max_seq_len, rope_theta)
+        sizes = (dim, num_heads, num_kv_heads, hidden_dim or default_hidden_dim(dim), qk_norm, norm_eps)
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))
+        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, mask: Mask | None = None, cache: CacheView | None = None
+    ) -> Tensor:
+        """(B, T, D) at (B, T) positions, under a mask, or under the mask of a cache."""
+        mask = cache.mask if cache is not None else mask
+        rotary = self.rotary(position_ids)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, mask, layer, cache)
+        return self.norm(x)

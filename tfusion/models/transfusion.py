@@ -1,0 +1,151 @@
+"""Transfusion: one transformer over text tokens and image patches (Zhou et al. 2024, arXiv 2408.11039, §3).
+
+Unusual here: heads run only where something is wanted (logits at labelled positions, latents at patches); everything
+but N is of static shape; parameters are made on the meta device and filled once, by `materialize`.
+The model knows no data, no diffusion process and no loss.
+
+Legend: B rows, T positions, D width, I image slots, P patches, C, h, w latent size, V vocabulary, N labelled positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tfusion.models.attention import training_mask
+from tfusion.models.kv_cache import KVCache
+from tfusion.models.patches import LinearPatchDecoder, LinearPatchEncoder, num_patches
+from tfusion.models.transformer import Transformer
+from tfusion.randomness import generator
+from tfusion.sequence import Batch
+
+
+class Transfusion(nn.Module):
+    """The multimodal transformer.
+
+    Args:
+        vocab_size: V, the 5 special ids and the tokenizer's.
+        latent_shape: (C, h, w) of what is noised: pixels (3, H, W) or an autoencoder's latents.
+        patch_size: k, side of a patch in latent pixels (paper: 2, on 8 x 32 x 32 latents).
+        dim: D.
+        num_layers: blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; None = num_heads (the paper's).
+        hidden_dim: feed-forward width; None = Llama's 8/3 D.
+        max_seq_len: T, the longest sequence (paper: 4096).
+        qk_norm: RMSNorm on queries and keys (not the paper's; BAGEL and SD3 add it for stability).
+        rope_theta: base of the rotary frequencies.
+        norm_eps: of every RMSNorm.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        latent_shape: tuple[int, int, int],
+        patch_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        hidden_dim: int | None = None,
+        max_seq_len: int = 4096,
+        qk_norm: bool = False,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        latent_shape = tuple(latent_shape)
+        self.vocab_size, self.latent_shape, self.patch_size = vocab_size, latent_shape, patch_size
+        self.max_seq_len = max_seq_len
+        self.num_patches = num_patches(latent_shape, patch_size)
+        with torch.device("meta"):  # shapes only; `materialize` fills them in
+            self.embedding = nn.Embedding(vocab_size, dim)
+            self.patch_encoder = LinearPatchEncoder(latent_shape, patch_size, dim)
+            self.transformer = Transformer(
+                dim, num_layers, num_heads, num_kv_heads, hidden_dim, max_seq_len, qk_norm, rope_theta, norm_eps
+            )
+            self.text_head = nn.Linear(dim, vocab_size, bias=False)
+            self.patch_decoder = LinearPatchDecoder(latent_shape, patch_size, dim)
+
+    def forward(self, batch: Batch, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """One training forward.
+
+        Args:
+            batch: packed rows.
+            x_t: (I, C, h, w) noised latents, zeros in empty slots.
+            timesteps: (I,) in [0, 1000], 0 = clean.
+
+        Returns:
+            logits (N, V) at the labelled positions, and the network's output (I, C, h, w) for the images.
+        """
+        B, T = batch.token_ids.shape
+        images, P = batch.image_valid.numel(), self.num_patches
+        # Empty slots add zeros at position 0, so that shapes stay fixed and no parameter goes unused.
+        start = torch.where(batch.image_valid, batch.image_rows * T + batch.image_starts, 0)
+        offsets = torch.arange(P, device=start.device)
+        at_patches = (start[:, None] + offsets * batch.image_valid[:, None]).view(-1)  # (I P,) flat positions
+
+        patches = self.patch_encoder(x_t, timesteps) * batch.image_valid[:, None, None]  # (I, P, D)
+        tokens = self.embedding(batch.token_ids) * (batch.image_ids < 0)[:, :, None]  # (B, T, D)
+        x = tokens.view(B * T, -1).index_add(0, at_patches, patches.reshape(images * P, -1).to(tokens.dtype))
+        mask = training_mask(batch.document_ids, batch.image_ids, batch.hidden)
+        x = self.transformer(x.view(B, T, -1), batch.position_ids, mask).view(B * T, -1)
+
+        logits = self.text_head(x.index_select(0, batch.text_positions))  # (N, V)
+        hidden = x.index_select(0, at_patches).view(images, P, -1)  # (I, P, D)
+        return logits, self.patch_decoder(hidden)
+
+    def make_cache(self, num_rows: int, capacity: int) -> KVCache:
+        """An empty cache for `num_rows` sequences of up to `capacity` positions, in the weights' type."""
+        weight = self.embedding.weight
+        trunk = self.transformer
+        return KVCache(
+            len(trunk.blocks), num_rows, trunk.num_kv_heads, trunk.head_dim, capacity, weight.device, weight.dtype
+        )
+
+    def materialize(self, device: torch.device | str, seed: int) -> Transfusion:
+        """Allocate on a device, draw the weights and fill the tables; sharded or not."""
+        self.to_empty(device=device)
+        self.init_weights(seed)
+        self.fill_buffers()
+        return self
+
+    def fill_buffers(self) -> None:
+        """Fill rotary and timestep tables, which no checkpoint holds and `to_empty` leaves as rubbish."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "fill_buffers"):
+                module.fill_buffers()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every weight from a generator seeded by (seed, its name): layout and device change nothing.
+
+        ===========================  =============================================
+        norms' weights               1
+        biases, patch_decoder.proj   0 (the first output is the mean, as in DiT)
+        o_proj, down_proj            N(0, 0.02 / sqrt(2 layers)) (GPT-2: the stream keeps its scale)
+        patch_encoder.proj           N(0, 1 / sqrt(fan in)) (unit variance in, unit variance out)
+        all other matrices           N(0, 0.02)
+        ===========================  =============================================
+        """
+        depth = len(self.transformer.blocks)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                full = torch.ones(parameter.shape)
+            elif name.endswith("bias") or name == "patch_decoder.proj.weight":
+                full = torch.zeros(parameter.shape)
+            else:
+                std = 0.02
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std = 0.02 / (2 * depth) ** 0.5
+                elif name == "patch_encoder.proj.weight":
+                    std = parameter.shape[1] ** -0.5
+                full = torch.randn(parameter.shape, generator=generator("weights", seed, name)) * std
+            if isinstance(parameter, DTensor):  # every rank drew the same tensor and keeps its shard
+                full = full.to(parameter.device)
+                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(full)

@@ -1,0 +1,279 @@
+"""The one vocabulary that all code speaks: special ids, `Document`, `Row`, `Batch`, and how one becomes the next.
+
+A document is `[BOS] elements [EOS]`; an element is text (ids) or an image, `[BOI] patch x P [EOI]` (Transfusion §3).
+Rows of exactly T positions hold whole documents; only plain text is cut, and goes on in the next row as a new
+document without BOS whose first id is the label of the last position before the cut: no target is lost.
+
+Labels: the id of the next position; none where the input is BOI or a patch (paper, footnote 8), on padding, and
+across documents. EOI is never a label: decoding appends it.
+
+Legend of the package: B rows, T positions, D width, H heads, K head dim, I image slots in a batch, P patches an
+image, C, h, w latent channels and size, V vocabulary, N labelled text positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfusion.randomness import generator
+
+PAD_ID, BOS_ID, EOS_ID, BOI_ID, EOI_ID = range(5)
+NUM_SPECIAL_IDS = 5  # a tokenizer's own ids come after these
+IGNORE_INDEX = -100  # torch's: a label without loss
+LABEL_MULTIPLE = 256  # N is padded to a multiple of this, so it takes few values
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image element: `data` is uint8 (3, H, W), or float latents (C, h, w) from a cache.
+
+    `noise_limit` is the upper end of the noise range for this image as a fraction: 1 = whole range, 0 = clean.
+    """
+
+    data: Tensor
+    noise_limit: float = 1.0
+
+
+@dataclass(frozen=True)
+class Document:
+    """`[BOS] elements [EOS]`, or a part of one: `bos` / `eos` say which ends are there.
+
+    `next_id` labels the last position where the text goes on in another row or piece (then `eos` is False).
+    """
+
+    elements: tuple[Sequence[int] | Image, ...]
+    bos: bool = True
+    eos: bool = True
+    next_id: int | None = None
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(e for e in self.elements if isinstance(e, Image))
+
+    def length(self, num_patches: int) -> int:
+        """Positions it takes, markers included."""
+        inner = sum(num_patches + 2 if isinstance(e, Image) else len(e) for e in self.elements)
+        return inner + self.bos + self.eos
+
+    def cut(self, room: int) -> tuple[Document, Document | None]:
+        """The first `room` positions and the rest, which is None when only EOS is left: it is the head's label."""
+        assert not self.images and 0 < room < self.length(0), "only plain text longer than the room is cut"
+        ids = [i for element in self.elements for i in element]  # type: ignore[union-attr]
+        at = room - self.bos
+        head_label = ids[at] if at < len(ids) else EOS_ID
+        head = Document((ids[:at],), self.bos, False, head_label)
+        if at == len(ids):
+            return head, None
+        return head, Document((ids[at:],), False, self.eos, self.next_id)
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The static sizes of a row: what makes every batch of a run the same shape.
+
+    Args:
+        seq_len: T.
+        num_patches: P.
+        max_images: K, image slots a row, at most floor(T / (P + 2)).
+        latent_shape: (C, h, w), what noise is drawn for.
+        image_shape: (3, H, W) of the pictures before the image tokenizer; None = documents hold latents.
+    """
+
+    seq_len: int
+    num_patches: int
+    max_images: int
+    latent_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int] | None
+
+    def __post_init__(self) -> None:
+        most = self.seq_len // (self.num_patches + 2)
+        if not 0 <= self.max_images <= most:
+            raise ValueError(
+                f"max_images_per_row is {self.max_images}, but a row of {self.seq_len} positions holds at most {most} "
+                f"images of {self.num_patches} patches: lower it, or raise seq_len or the patch size"
+            )
+
+
+@dataclass
+class Row:
+    """A row being filled."""
+
+    shape: RowShape
+    documents: list[Document] = field(default_factory=list)
+    used: int = 0
+    num_images: int = 0
+
+    @property
+    def room(self) -> int:
+        return self.shape.seq_len - self.used
+
+    def fits(self, document: Document) -> bool:
+        """Whether it can be added whole."""
+        images = self.num_images + len(document.images)
+        return document.length(self.shape.num_patches) <= self.room and images <= self.shape.max_images
+
+    def add(self, document: Document) -> Document | None:
+        """Add it, text cut at the end of the row; returns what is left over for a later row."""
+        rest = None
+        if not self.fits(document):
+            document, rest = document.cut(self.room)
+        self.documents.append(document)
+        self.used += document.length(self.shape.num_patches)
+        self.num_images += len(document.images)
+        return rest
+
+
+def pack(documents: Iterable[Document], shape: RowShape) -> Iterator[list[Document]]:
+    """Rows in the order of the documents: text is cut and carried on, a document with an image moves whole.
+
+    Raises:
+        ValueError: a document with an image is longer than a row.
+    """
+    row = Row(shape)
+    for document in documents:
+        if document.images and not Row(shape).fits(document):
+            raise ValueError(
+                f"a document takes {document.length(shape.num_patches)} positions and {len(document.images)} images, "
+                f"but a row has {shape.seq_len} positions and {shape.max_images} image slots: raise seq_len"
+            )
+        rest: Document | None = document
+        while rest is not None:
+            if row.room == 0 or (rest.images and not row.fits(rest)):
+                yield row.documents
+                row = Row(shape)
+            rest = row.add(rest)
+    if row.documents:
+        yield row.documents
+
+
+@dataclass
+class Batch:
+    """Packed rows on one device; every size but N is fixed over a run.
+
+    An image slot is `row * K + n` for the n-th image of a row. Flat positions are `row * T + position`.
+    """
+
+    token_ids: Tensor  # (B, T) int64; PAD_ID at patches and padding
+    document_ids: Tensor  # (B, T) int64; counts up in a row, -1 on padding
+    image_ids: Tensor  # (B, T) int64; the slot at patches, -1 elsewhere
+    position_ids: Tensor  # (B, T) int64; restarts at 0 in each document
+    hidden: Tensor  # (B, T) bool; keys that only their own image sees (noised copies beside clean ones)
+    text_positions: Tensor  # (N,) int64 flat positions with a label, padded with 0
+    text_labels: Tensor  # (N,) int64, padded with IGNORE_INDEX
+    image_valid: Tensor  # (I,) bool
+    image_rows: Tensor  # (I,) int64
+    image_starts: Tensor  # (I,) int64; position of the first patch in its row
+    noise_limits: Tensor  # (I,) float32; 0 = clean
+    time_uniforms: Tensor  # (I,) float32 in [0, 1)
+    noise: Tensor  # (I, C, h, w) float32
+    step_counts: Tensor  # (2,) float32; this rank's labelled tokens and noised images in the whole optimizer step
+    images: Tensor | None = None  # (I, 3, H, W) uint8, or
+    latents: Tensor | None = None  # (I, C, h, w) float32
+    position: tuple | None = None  # of the data after this step; only on the last micro-batch of a step
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """A copy on another device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, which knows no dataclasses."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence[tuple[int | str, ...]]) -> Batch:
+    """Rows of documents as tensors, with the rows' random numbers.
+
+    Args:
+        rows: B lists of documents; an empty list is a row of padding.
+        shape: the static sizes.
+        seeds: what row b's generator is seeded by, such as (seed, global step, global row).
+    """
+    B, T, K = len(rows), shape.seq_len, shape.max_images
+    token_ids = np.full((B, T), PAD_ID, np.int64)
+    labels = np.full((B, T), IGNORE_INDEX, np.int64)
+    document_ids = np.full((B, T), -1, np.int64)
+    image_ids = np.full((B, T), -1, np.int64)
+    position_ids = np.zeros((B, T), np.int64)
+    starts = np.zeros(B * K, np.int64)
+    valid = np.zeros(B * K, bool)
+    limits = np.ones(B * K, np.float32)
+    pictures = torch.zeros((B * K, *(shape.image_shape or shape.latent_shape)))
+    pictures = pictures.to(torch.uint8) if shape.image_shape else pictures
+
+    for b, documents in enumerate(rows):
+        at, slot = 0, b * K
+        for d, document in enumerate(documents):
+            ids, targets, offsets = _lay_out(document, shape.num_patches)
+            end = at + len(ids)
+            token_ids[b, at:end], labels[b, at:end] = ids, targets
+            document_ids[b, at:end], position_ids[b, at:end] = d, np.arange(len(ids))
+            for image, offset in zip(document.images, offsets, strict=True):
+                start = at + offset
+                image_ids[b, start : start + shape.num_patches] = slot
+                starts[slot], valid[slot], limits[slot] = start, True, image.noise_limit
+                pictures[slot] = image.data
+                slot += 1
+            at = end
+        assert at <= T and slot <= (b + 1) * K, "a row holds more than its shape allows"
+
+    uniforms, noise = _draw(shape, seeds)
+    positions = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
+    padding = -len(positions) % LABEL_MULTIPLE if len(positions) else LABEL_MULTIPLE
+    text_labels = np.pad(labels.reshape(-1)[positions], (0, padding), constant_values=IGNORE_INDEX)
+    return Batch(
+        token_ids=torch.from_numpy(token_ids),
+        document_ids=torch.from_numpy(document_ids),
+        image_ids=torch.from_numpy(image_ids),
+        position_ids=torch.from_numpy(position_ids),
+        hidden=torch.zeros(B, T, dtype=torch.bool),
+        text_positions=torch.from_numpy(np.pad(positions, (0, padding))),
+        text_labels=torch.from_numpy(text_labels),
+        image_valid=torch.from_numpy(valid),
+        image_rows=torch.arange(B).repeat_interleave(K),
+        image_starts=torch.from_numpy(starts),
+        noise_limits=torch.from_numpy(limits),
+        time_uniforms=uniforms,
+        noise=noise,
+        step_counts=torch.tensor([len(positions), (valid & (limits > 0)).sum()], dtype=torch.float32),
+        images=pictures if shape.image_shape else None,
+        latents=None if shape.image_shape else pictures,
+    )
+
+
+def _lay_out(document: Document, num_patches: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Ids, labels, and where each image's first patch stands, all within the document."""
+    pieces: list[Sequence[int]] = [[BOS_ID]] if document.bos else []
+    length, offsets = len(pieces), []
+    for element in document.elements:
+        if isinstance(element, Image):
+            offsets.append(length + 1)
+            element = [BOI_ID, *[PAD_ID] * num_patches, EOI_ID]
+        pieces.append(element)
+        length += len(element)
+    if document.eos:
+        pieces.append([EOS_ID])
+    ids = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
+    labels = np.append(ids[1:], IGNORE_INDEX if document.next_id is None else document.next_id)
+    for offset in offsets:
+        labels[offset - 1 : offset + num_patches] = IGNORE_INDEX  # inputs BOI and the patches
+    return ids, labels, offsets
+
+
+def _draw(shape: RowShape, seeds: Sequence[tuple[int | str, ...]]) -> tuple[Tensor, Tensor]:
+    """Each row's K uniforms and K noises, from its own generator: (I,) and (I, C, h, w)."""
+    uniforms, noise = [], []
+    for parts in seeds:
+        row = generator(*parts)
+        uniforms.append(torch.rand(shape.max_images, generator=row))
+        noise.append(torch.randn(shape.max_images, *shape.latent_shape, generator=row))
+    return torch.cat(uniforms), torch.cat(noise)

@@ -1,0 +1,287 @@
+"""`TransfusionModule`: the model, its noise process, its two losses and its optimizer, for Lightning.
+
+Losses are means over the whole optimizer step, all ranks and micro-batches (eq. 4), so how rows are divided changes
+nothing. With EMA on, `ema_model` stands beside `model`: training uses the one, everything else the other.
+
+Legend: N labelled positions, I image slots, A micro-batches a step, W ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
+from tfusion.generation import Generator, bf16_copy
+from tfusion.losses import image_mse, token_nll
+from tfusion.models.transfusion import Transfusion
+from tfusion.requests import Generation, GenerationConfig, Request, parse_request
+from tfusion.sequence import Batch
+from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, TextTokenizer
+from tfusion.training.optim import adamw, lr_factor, parameter_groups
+
+NUM_QUARTERS = 4  # the diffusion loss is also logged by quarter of the noise range
+
+
+class TransfusionModule(L.LightningModule):
+    """Train a Transfusion.
+
+    Args:
+        model: the multimodal transformer.
+        noise_scheduler: diffusers' `DDPMScheduler` (the paper's) or `FlowMatchEulerDiscreteScheduler`.
+        image_tokenizer: pixels <-> latents, frozen; pixels as they are by default.
+        prediction_type: what the network predicts (paper: epsilon).
+        timestep_sampling: distribution of timesteps (paper: uniform; Stable Diffusion 3: logit_normal).
+        logit_mean: of logit_normal.
+        logit_std: of logit_normal.
+        diffusion_loss_weight: lambda of eq. 4 (paper: 5).
+        lr: highest learning rate (paper: 3e-4).
+        betas: of AdamW (paper: 0.9, 0.95).
+        eps: of AdamW (paper: 1e-8).
+        weight_decay: of matrices (paper: 0.1).
+        warmup_steps: steps of linear warm-up (paper: 4000).
+        final_lr_share: the learning rate's share that is left at the last step (paper: 0.05).
+        ema: keep an average of the weights for evaluation (BAGEL, JanusFlow; the paper does not say).
+        generation: default settings for samples and predictions.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        model: Transfusion,
+        noise_scheduler: SchedulerMixin,
+        image_tokenizer: ImageTokenizer | None = None,
+        prediction_type: PredictionType = "epsilon",
+        timestep_sampling: TimestepSampling = "uniform",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        diffusion_loss_weight: float = 5.0,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 4000,
+        final_lr_share: float = 0.05,
+        ema: bool = True,
+        generation: GenerationConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.ema_model = copy.deepcopy(model).requires_grad_(False) if ema else None
+        self.image_tokenizer = image_tokenizer or PixelTokenizer()  # a plain class: never in a checkpoint
+        pixels = isinstance(self.image_tokenizer, PixelTokenizer)
+        self.process = NoiseProcess(
+            noise_scheduler, prediction_type, timestep_sampling, logit_mean, logit_std, latents_are_pixels=pixels
+        )
+        self.diffusion_loss_weight = diffusion_loss_weight
+        self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
+        self.warmup_steps, self.final_lr_share = warmup_steps, final_lr_share
+        self.generation = generation or GenerationConfig()
+        self.seed = seed
+        self.text_tokenizer: TextTokenizer | None = None  # of the checkpoint, else the datamodule's
+        self.latest_metrics: dict[str, float] = {}  # last logged, for the progress bar
+        self.step_sums: Tensor | None = None
+        self.grad_norm: Tensor | None = None
+        self.precision = "32-true"  # of generation without a trainer
+        self._materialized = False
+
+    # What the datamodule checks itself against.
+    @property
+    def model_vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.model.max_seq_len
+
+    @property
+    def num_patches(self) -> int:
+        return self.model.num_patches
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.model.latent_shape
+
+    @property
+    def evaluation_model(self) -> Transfusion:
+        """Averaged weights where there are any."""
+        return self.model if self.ema_model is None else self.ema_model
+
+    def configure_model(self) -> None:
+        """Allocate and fill the weights on the device, once."""
+        if not self._materialized:
+            self.materialize(self.trainer.strategy.root_device)
+
+    def materialize(self, device: torch.device | str) -> None:
+        """The same without a trainer."""
+        self.model.materialize(device, self.seed)
+        if self.ema_model is not None:
+            self.ema_model.materialize(device, self.seed)  # equal weights: they depend on seed and name alone
+        self.image_tokenizer.to(device)
+        self._materialized = True
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, scaled so that the step's gradient is that of the global means."""
+        nll, errors, timesteps = self._losses(self.model, batch)
+        counts = batch.step_counts.clone()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(counts)
+        counts = counts.clamp(min=1)  # an absent modality gives loss 0
+        text_loss, diffusion_loss = nll.sum() / counts[0], errors.sum() / counts[1]
+        loss = text_loss + self.diffusion_loss_weight * diffusion_loss
+        self._add_to_step(batch, batch_idx, torch.stack([text_loss, diffusion_loss]), errors, timesteps)
+        # Lightning divides by A, DDP by W
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each label (N,) and each image (I,), with the images' timesteps (I,)."""
+        clean = batch.noise_limits == 0  # given, not predicted: no loss
+        with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
+            x_0 = self._latents(batch)
+            timesteps = self.process.sample_timesteps(batch.time_uniforms, batch.noise_limits)
+            x_t = self.process.add_noise(x_0, batch.noise, timesteps, clean)
+            target = self.process.target(x_0, batch.noise, timesteps)
+        logits, model_output = model(batch, x_t, timesteps)
+        nll = token_nll(logits, batch.text_labels)
+        return nll, image_mse(model_output, target, batch.image_valid & ~clean), timesteps
+
+    def _latents(self, batch: Batch) -> Tensor:
+        """(I, C, h, w) from what the batch holds."""
+        if batch.latents is not None:
+            return batch.latents
+        return self.image_tokenizer.encode(batch.images.float() / 127.5 - 1)
+
+    @torch.no_grad()
+    def _add_to_step(
+        self, batch: Batch, batch_idx: int, losses: Tensor, errors: Tensor, timesteps: Tensor
+    ) -> None:
+        """Add to what a logging step reports, on the device: see `step_metrics` for the layout."""
+        quarter = (timesteps / self.process.num_train_timesteps * NUM_QUARTERS).long().clamp(max=NUM_QUARTERS - 1)
+        by_quarter = errors.new_zeros(2, NUM_QUARTERS)
+        noised = batch.image_valid & (batch.noise_limits > 0)
+        by_quarter.index_add_(1, quarter, torch.stack([errors, noised.float()]))
+        used = (batch.document_ids >= 0).float()
+        data = torch.stack([used.sum(), batch.image_valid.sum().float(), torch.tensor(used.numel(), device=used.device)])
+        sums = torch.cat([losses.detach(), data, by_quarter.flatten()])
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums
+
+    def step_metrics(self) -> dict[str, float]:
+        """Of the step that just ended, global; collective, and it waits for the device: at logging steps only."""
+        sums = self.step_sums.clone()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(sums)
+        text_loss, diffusion_loss, used, images, positions, *by_quarter = sums.tolist()
+        metrics = {
+            "train/loss": text_loss + self.diffusion_loss_weight * diffusion_loss,
+            "train/text_loss": text_loss,
+            "train/diffusion_loss": diffusion_loss,
+            "train/grad_norm": float(self.grad_norm),
+            "train/lr": self.optimizers().param_groups[0]["lr"],
+            "train/utilization": used / positions,
+            "train/positions": used,
+            "train/images": images,
+        }
+        for q in range(NUM_QUARTERS):
+            total, count = by_quarter[q], by_quarter[NUM_QUARTERS + q]
+            if count:
+                metrics[f"train/diffusion_loss_t{q * 250}-{(q + 1) * 250}"] = total / count
+        return metrics
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Losses of each label and image, for the metrics callback."""
+        nll, errors, _ = self._losses(self.evaluation_model, batch)
+        return {"nll": nll, "labels": batch.text_labels, "errors": errors, "valid": batch.image_valid}
+
+    def predict_step(self, batch: list[tuple[int, Request]], batch_idx: int) -> list[Generation]:
+        """Samples for numbered requests."""
+        return self.generate([request for _, request in batch], [number for number, _ in batch])
+
+    def generate(
+        self, requests: Sequence[Request | dict[str, Any]], numbers: list[int] | None = None
+    ) -> list[Generation]:
+        """Samples from the evaluation weights, in bf16 where the trainer computes in bf16.
+
+        Args:
+            requests: as in `prompts.jsonl`; what a request leaves out comes from `generation`.
+            numbers: what the requests are called; None = 0, 1, ...
+
+        Raises:
+            ValueError: a request that cannot be met, before any work.
+        """
+        parsed = [parse_request(request, self.generation) for request in requests]
+        model = self.evaluation_model
+        if "bf16" in str(self.precision if self._trainer is None else self.trainer.precision):
+            model = bf16_copy(model)  # callbacks run outside autocast, and predict's re-casts at every call
+        return Generator(model, self.process, self._text_tokenizer(), self.image_tokenizer).generate(parsed, numbers)
+
+    def _text_tokenizer(self) -> TextTokenizer:
+        if self.text_tokenizer is None and self._trainer is not None:
+            self.text_tokenizer = self.trainer.datamodule.tokenizer
+        if self.text_tokenizer is None:
+            raise ValueError("no text tokenizer: give a checkpoint with --ckpt_path (it holds its tokenizer)")
+        return self.text_tokenizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; its learning rate is set before each step."""
+        return adamw(parameter_groups(self.model, self.weight_decay), self.lr, self.betas, self.eps)
+
+    def on_train_start(self) -> None:
+        """The configuration is the truth on a resume too: the checkpoint's optimizer settings give way."""
+        if self.trainer.max_steps < 1:
+            raise ValueError("trainer.max_steps is not set: the learning rate falls to its end there")
+        fresh = parameter_groups(self.model, self.weight_decay)
+        for group, new in zip(self.optimizers().param_groups, fresh, strict=True):
+            group.update(betas=self.betas, eps=self.eps, weight_decay=new["weight_decay"])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        step = self.trainer.global_step
+        factor = lr_factor(step, self.warmup_steps, self.trainer.max_steps, self.final_lr_share)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * factor
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by global norm, and keep the norm; Lightning's own refuses fused AdamW under bf16-mixed."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm is {gradient_clip_algorithm!r}, expected 'norm'")
+        most = float("inf") if gradient_clip_val is None else gradient_clip_val
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The tokenizer belongs to the weights."""
+        checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the tokenizer; refuse the weights of another architecture in words."""
+        self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
+        check_state_dict(self.state_dict(), checkpoint["state_dict"])
+
+
+def check_state_dict(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise ValueError, naming what differs, unless the names and shapes are the same."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not in the configured model" for name in found if name not in expected]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, the configured model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the checkpoint is of another model: {'; '.join(problems[:3])}{more}. Use the config.yaml of its run"
+        )
