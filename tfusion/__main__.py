@@ -151,8 +151,8 @@ def _check_validation_interval(config: Any) -> None:
         return
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
         raise ValueError(
-            f"got trainer.val_check_interval {interval}, expected a number of batches, for training data has no "
-            "end; set it, or trainer.limit_val_batches to 0 to go without validation"
+            f"got trainer.val_check_interval {interval}, expected a number of batches (training data has no end); "
+            "set it, or trainer.limit_val_batches to 0 to go without validation"
         )
     if interval % accumulate:
         nearest = max(accumulate, round(interval / accumulate) * accumulate)
@@ -177,10 +177,11 @@ def _quieten() -> None:
         r"Found \d+ module\(s\) in eval mode",  # ema_model, which never trains
         r"The `srun` command is available",  # a single process is a fine way to run
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
+        r"It is recommended to use `self.log\(.*sync_dist=True",  # what tfusion logs is global already
     ]
     for message in ignored:
         warnings.filterwarnings("ignore", message=message)
-    # Advertisements, the seed of a generator that nothing in tfusion reads, hardware that torch does not drive.
+    # Advertisements, the seed of a generator that nothing here reads, hardware that tfusion does not use.
     unwanted = ("Tip: For seamless", "Seed set to", "TPU available")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logger = logging.getLogger(name)
@@ -188,7 +189,7 @@ def _quieten() -> None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those it came up in: Lightning's cleaning up after a refusal may fail on meta tensors."""
+    """Yield an error and those it came up in: Lightning's clean-up after a refusal fails on meta tensors."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -218,7 +219,10 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=0,  # for completeness: training draws from generators of its own
             trainer_defaults=TRAINER_DEFAULTS,
             parser_class=Parser,
-            parser_kwargs={"prog": "tfusion", "description": "Train, validate and sample Transfusion models."},
+            parser_kwargs={
+                "prog": "tfusion",
+                "description": "Train, validate and sample Transfusion models.",
+            },
             args=args,
         )
     except Exception as error:

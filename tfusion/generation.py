@@ -280,9 +280,9 @@ class _Decoding:
             allowed[r, BOI_ID] = kind == "any" and room
             allowed[r, EOS_ID] = not (kind == "text" and row.num_tokens == 0)  # asked for text: say something
         configs = [row.request.config for row in rows]
-        draws = [
-            torch.rand((), generator=row.draws).item() if row.request.config.temperature > 0 else 0.0 for row in rows
-        ]
+        # rows that wait or are done draw nothing: what they would draw is theirs to use later
+        going = [row.state == "text" and row.request.config.temperature > 0 for row in rows]
+        draws = [torch.rand((), generator=r.draws).item() if go else 0.0 for r, go in zip(rows, going, strict=True)]
         tokens = sample_tokens(
             logits,
             allowed.to(self.device),
@@ -350,6 +350,6 @@ class _Decoding:
         return x_t
 
     def _to_pictures(self, x_0: Tensor) -> list[PILImage.Image]:
-        pixels = self.parent.image_tokenizer.decode(x_0.float())  # (R, 3, H, W) in [-1, 1]
+        pixels = self.parent.image_tokenizer.decode(x_0)  # (R, 3, H, W) in [-1, 1]
         pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [PILImage.fromarray(picture) for picture in pixels]

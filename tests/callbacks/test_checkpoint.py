@@ -1,4 +1,4 @@
-"""A run killed at any moment and resumed equals, bit for bit and byte for byte, the run that was never killed."""
+"""A run killed at any moment and resumed equals, to the last bit, the run that was never killed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,9 @@ def train(root: Path, kill_at: int | None = None, accumulate: int = 1, resume: b
     """Run to the end, or to the kill; in a process of its own."""
     torch.set_num_threads(1)
     last = Path(root, "checkpoints", "last.ckpt")
-    trainer = trainer_of(root, BestCheckpoint(), Checkpoint(SAVE_EVERY), KillAt(kill_at), accumulate=accumulate)
+    trainer = trainer_of(
+        root, BestCheckpoint(), Checkpoint(SAVE_EVERY), KillAt(kill_at), accumulate=accumulate
+    )
     ckpt_path = str(last) if resume and last.exists() else None
     trainer.fit(Toy(), ToyData(), ckpt_path=ckpt_path, weights_only=True)
 
@@ -271,10 +273,12 @@ def test_a_stop_between_micro_batches_waits_for_the_step_and_is_saved(tmp_path: 
     save = Saves(1000)
     module = Toy()
     trainer_of(tmp_path, Stop(8), save, accumulate=3).fit(module, ToyData())
-    assert module.seen[-1] == 8 and save.at == [(3, 8)]
+    assert module.seen[-1] == 8
+    assert save.at == [(3, 8)]
     save, module = Saves(1000), Toy()
     trainer_of(tmp_path / "b", Stop(6), save, accumulate=3).fit(module, ToyData())
-    assert module.seen[-1] == 8 and save.at == [(3, 8)]
+    assert module.seen[-1] == 8
+    assert save.at == [(3, 8)]
 
 
 def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path) -> None:
@@ -282,7 +286,9 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path) -> N
         for max_steps in limits:
             last = tmp_path / name / "checkpoints" / "last.ckpt"
             ckpt_path = str(last) if last.exists() else None
-            trainer = trainer_of(tmp_path / name, BestCheckpoint(), Checkpoint(SAVE_EVERY), max_steps=max_steps)
+            trainer = trainer_of(
+                tmp_path / name, BestCheckpoint(), Checkpoint(SAVE_EVERY), max_steps=max_steps
+            )
             trainer.fit(Toy(), ToyData(), ckpt_path=ckpt_path)
     states = [load(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts")]
     assert_same_state(*states)
@@ -313,12 +319,15 @@ def test_a_validation_that_is_due_comes_before_the_save(tmp_path: Path) -> None:
 
 def test_saves_without_any_validation(tmp_path: Path) -> None:
     trainer_of(tmp_path, BestCheckpoint(), Checkpoint(4), limit_val_batches=0).fit(Toy(), ToyData())
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt", "step=0000012.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step=0000012.ckpt",
+    ]
 
 
 def test_best_follows_the_monitored_metric(tmp_path: Path) -> None:
     class Scores(Toy):
-        scores = [3.0, float("nan"), 2.0, 2.5]
+        scores = 3.0, float("nan"), 2.0, 2.5
 
         def validation_step(self, batch, batch_idx):
             step = self.trainer.global_step
@@ -334,7 +343,7 @@ def test_best_follows_the_monitored_metric(tmp_path: Path) -> None:
 
 def test_best_refuses_a_metric_that_validation_does_not_log(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, BestCheckpoint("val/typo"), Checkpoint())
-    with pytest.raises(ValueError, match="best.monitor 'val/typo'.*expected one of.*val/loss"):
+    with pytest.raises(ValueError, match=r"best\.monitor 'val/typo'.*expected one of.*val/loss"):
         trainer.fit(Toy(), ToyData())
 
 

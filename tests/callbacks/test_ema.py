@@ -13,7 +13,9 @@ from tfusion.callbacks.ema import EMA
 
 def module_of(weight: float, average: float | None) -> SimpleNamespace:
     """What the callback sees of a LightningModule."""
-    models = [None if value is None else torch.nn.Linear(2, 1, bias=False).double() for value in (weight, average)]
+    models = [
+        None if value is None else torch.nn.Linear(2, 1, bias=False).double() for value in (weight, average)
+    ]
     for model, value in zip(models, (weight, average), strict=True):
         if model is not None:
             torch.nn.init.constant_(model.weight, value)
@@ -29,7 +31,8 @@ def test_equals_the_closed_form() -> None:
         torch.nn.init.constant_(module.model.weight, weight)
         callback.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, 0)
     decays = [min(decay, (1 + step) / (10 + step)) for step in range(1, 41)]
-    assert decays[0] == 2 / 11 and decays[-1] == decay  # warm by the end
+    assert decays[0] == 2 / 11
+    assert decays[-1] == decay
     expected = 5.0
     for d in decays:
         expected *= d
@@ -60,7 +63,8 @@ def test_averages_parameters_only_and_frozen_ones_too() -> None:
     callback = EMA(0.5)
     callback.on_train_start(SimpleNamespace(global_step=99), module)
     callback.on_train_batch_end(SimpleNamespace(global_step=100), module)
-    assert module.ema_model.table.item() == 2 and module.ema_model.frozen.item() == 3.0
+    assert module.ema_model.table.item() == 2
+    assert module.ema_model.frozen.item() == 3.0
 
 
 def test_does_nothing_without_an_average() -> None:

@@ -272,7 +272,8 @@ def test_best_fit_fills_rows_and_loses_no_document(make_mixture) -> None:
         placed = set(range(position.images)) - set(position.pending)
         expected = Counter(described(mixture.image(stream, n)) for n in placed)
         assert Counter(described(document) for row in rows for document in row) == expected
-        assert position.images - min(position.pending) <= 2 * LOOK_AHEAD, "none waits for long"
+        # each row takes the oldest, so none waits for more than LOOK_AHEAD rows
+        assert position.images - min(position.pending) <= LOOK_AHEAD * max(map(len, rows))
 
 
 # Documents that no row can hold
@@ -293,8 +294,7 @@ def test_too_long_documents_are_skipped_and_named(make_mixture, pictures, caplog
     values = [d.images[0].data[0, 0, 0].item() for row in rows for d in row if len(d.elements[0]) > 50 and d.images]
     assert values
     assert set(values) == {201}
-    assert "65" in caplog.text, "the warning says how long it is"
-    assert "64" in caplog.text
+    assert "of 65 positions: rows have 64" in caplog.text
 
 
 @pytest.mark.parametrize("with_text", [True, False])

@@ -50,7 +50,7 @@ def test_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").touch()  # a run killed before its first checkpoint may start again
     run_folder.refuse_used_folder(tmp_path)
     checkpoint(tmp_path, "step=0000001.ckpt")
-    with pytest.raises(ValueError, match="step=0000001.ckpt.*--ckpt_path last.*default_root_dir.*delete"):
+    with pytest.raises(ValueError, match=r"step=0000001\.ckpt.*--ckpt_path last.*default_root_dir.*delete"):
         run_folder.refuse_used_folder(tmp_path)
 
 
@@ -87,8 +87,11 @@ def test_one_writer_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
     run_folder.lock(tmp_path)
     code = "import sys; from pathlib import Path; import fcntl\n"
     code += "file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")], capture_output=True, text=True)
-    assert done.returncode == 1 and "BlockingIOError" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "BlockingIOError" in done.stderr
 
 
 def test_writes_floats_exactly(tmp_path: Path) -> None:
@@ -96,7 +99,9 @@ def test_writes_floats_exactly(tmp_path: Path) -> None:
     value, single = 0.1 + 0.2, torch.tensor(1 / 3)
     logger.log_metrics({"a": value, "b": single, "c": np.float32(0.1), "d": 3, "e": math.nan}, step=1)
     text = (tmp_path / "metrics.csv").read_text()
-    assert text == f"step,a,b,c,d,e\n1,0.30000000000000004,{single.item()!r},{float(np.float32(0.1))!r},3,nan\n"
+    assert (
+        text == f"step,a,b,c,d,e\n1,0.30000000000000004,{single.item()!r},{float(np.float32(0.1))!r},3,nan\n"
+    )
     assert float(text.splitlines()[1].split(",")[1]) == value
 
 

@@ -2,5 +2,6 @@
 
 from tfusion.data.openmoji import OpenMoji
 from tfusion.data.shakespeare import Shakespeare
+from tfusion.data.shapes import Shapes
 
-__all__ = ["OpenMoji", "Shakespeare"]
+__all__ = ["OpenMoji", "Shakespeare", "Shapes"]

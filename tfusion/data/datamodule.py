@@ -248,6 +248,10 @@ class MultimodalDataModule(L.LightningDataModule):
         requests += [{"segments": [line + "\n"], "seed": i, **text} for i, line in enumerate(openings)]
         return [parse_request(request, defaults) for request in requests]
 
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Batches move, requests stay as they are (Lightning would try to rebuild the frozen dataclass)."""
+        return batch.to(device, non_blocking=True) if isinstance(batch, Batch) else batch
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Commit the position that a consumed (not a prefetched) micro-batch carries."""
         if isinstance(batch, Batch) and batch.position is not None and self.trainer.training:

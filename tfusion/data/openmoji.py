@@ -42,6 +42,7 @@ class OpenMoji:
     """
 
     name = "openmoji"
+    attribution = ATTRIBUTION
 
     def __init__(self, image_size: int = 32, limit: int | None = None) -> None:
         if image_size < MIN_IMAGE_SIZE:

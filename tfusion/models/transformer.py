@@ -57,16 +57,21 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.qkv_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None
     ) -> Tensor:
         B, T, D = x.shape
         heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, K)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
+        if self.qk_norm:
+            q, k = qk.split([self.num_heads, self.num_kv_heads], 1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+        q, k = rotate(qk, rotary).split([self.num_heads, self.num_kv_heads], 1)  # together: half the kernels
         if cache is not None:
             k, v = cache(layer, k, v)
         out = attend(q, k.to(q.dtype), v.to(q.dtype), mask)  # (B, H, T, K)

@@ -1,0 +1,261 @@
+"""Decoding: cached = uncached, a row of a batch = the row alone, guidance, limits and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image as PILImage
+
+from tests.reference.generation import choose, naive_generate
+from tfusion.diffusion import NoiseProcess
+from tfusion.generation import Generator, bf16_copy
+from tfusion.models.transfusion import Transfusion
+from tfusion.randomness import generator
+from tfusion.requests import GenerationConfig, Request
+from tfusion.sequence import BOI_ID, EOI_ID, EOS_ID
+from tfusion.token_sampling import sample_tokens
+from tfusion.tokenizers import PixelTokenizer, TextTokenizer
+
+FLOW = NoiseProcess(FlowMatchEulerDiscreteScheduler(), "sample")
+DDPM = NoiseProcess(
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False), "epsilon"
+)
+SETTINGS = GenerationConfig(
+    num_inference_steps=5, guidance_scale=2.0, temperature=1.0, max_new_tokens=12, max_new_images=2
+)
+RED = PILImage.new("RGB", (8, 8), (250, 10, 30))
+
+
+class Recorder(PixelTokenizer):
+    """Pixels as they are; remembers the latents it was asked to decode."""
+
+    def __init__(self):
+        self.seen = []
+
+    def decode(self, latents):
+        self.seen += list(latents)
+        return super().decode(latents)
+
+
+class Biased(torch.nn.Module):
+    """The text head with BOI and EOS made likely, so that short runs meet them."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        logits = self.head(x)
+        bias = torch.zeros(logits.shape[-1], dtype=logits.dtype)
+        bias[BOI_ID], bias[EOS_ID] = 4.0, 2.0
+        return logits + bias
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return TextTokenizer.train([], 261, cache_dir=tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch_model = Transfusion(261, (3, 8, 8), 4, 32, 2, 4, num_kv_heads=2, max_seq_len=96)
+    torch_model.materialize("cpu", 0).double().fill_buffers()
+    draws = torch.Generator().manual_seed(0)
+    for parameter in torch_model.parameters():  # away from the zero output of the first step
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64)
+    torch_model.text_head = Biased(torch_model.text_head)
+    torch_model.embedding.weight.requires_grad_(False)
+    return torch_model
+
+
+def requests():
+    still = dataclasses.replace(SETTINGS, guidance_scale=1.0, num_inference_steps=4, sampler=None)
+    greedy = dataclasses.replace(SETTINGS, temperature=0.0, max_new_tokens=5)
+    narrow = dataclasses.replace(SETTINGS, top_k=20, top_p=0.7, temperature=0.8)
+    return [
+        Request(("red heart",), "image", 1, 3, SETTINGS),
+        Request((RED,), "text", 2, 1, narrow),
+        Request(("hello", RED, "then"), "any", 3, 2, SETTINGS),
+        Request(("x",), "image", 1, 0, still),
+        Request((), "any", 2, 5, narrow),
+        Request(("a longer prompt than the others",), "text", 1, 0, greedy),
+    ]
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x == y if isinstance(x, str) else x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("process", [FLOW, DDPM], ids=["flow", "ddpm"])
+def test_cached_and_batched_equals_uncached_and_alone(model, tokenizer, process):
+    recorder = Recorder()
+    decoder = Generator(model, process, tokenizer, recorder)
+    num_images = 0
+    asked = requests()
+    for generation in decoder.generate(asked):
+        request = asked[generation.request]
+        wanted = naive_generate(model, process, decoder._prompt(request), request, generation.sample)
+        text = [i for i in wanted if isinstance(i, int)]
+        assert "".join(s for s in generation.segments if isinstance(s, str)) == "".join(
+            tokenizer.decode(list(run)) for run in runs_of_ids(wanted)
+        ), text
+        for latents in (i for i in wanted if not isinstance(i, int)):
+            assert any(torch.allclose(latents, seen, rtol=0, atol=1e-10) for seen in recorder.seen)
+            num_images += 1
+    assert num_images == len(recorder.seen)
+    assert num_images >= 6, "the requests of kind any met no image: the test shows nothing"
+
+
+def runs_of_ids(items):
+    run = []
+    for item in items:
+        if isinstance(item, int):
+            run.append(item)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+@pytest.mark.parametrize("process", [FLOW, DDPM], ids=["flow", "ddpm"])
+def test_a_row_of_a_batch_equals_the_row_alone(model, tokenizer, process):
+    decoder = Generator(model, process, tokenizer, PixelTokenizer())
+    together = decoder.generate(requests())
+    alone = [g for number, request in enumerate(requests()) for g in decoder.generate([request], [number])]
+    for a, b in zip(together, alone, strict=True):
+        assert (a.request, a.sample) == (b.request, b.sample)
+        same(a.segments, b.segments)
+
+
+def test_samples_of_a_request_differ_and_repeat(model, tokenizer):
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    request = Request(("red",), "image", 3, 0, SETTINGS)
+    first, again = decoder.generate([request]), decoder.generate([request])
+    pictures = [g.segments[0].tobytes() for g in first]
+    assert len(set(pictures)) == 3
+    assert pictures == [g.segments[0].tobytes() for g in again]
+
+
+def test_guidance_one_is_off(model, tokenizer):
+    """Scale 1 runs no null row, and equals what the formula gives just beside 1."""
+    recorder = Recorder()
+    decoder = Generator(model, FLOW, tokenizer, recorder)
+    rows = []
+    make_cache = model.make_cache
+    model.make_cache = lambda num_rows, capacity: rows.append(num_rows) or make_cache(num_rows, capacity)
+    try:
+        for scale in (1.0, 1.0 + 1e-9, 3.0):
+            config = dataclasses.replace(SETTINGS, guidance_scale=scale)
+            decoder.generate([Request(("red",), "image", 1, 0, config)])
+    finally:
+        del model.make_cache
+    off, beside, strong = recorder.seen
+    assert rows == [1, 2, 2]
+    torch.testing.assert_close(off, beside, rtol=0, atol=1e-6)
+    assert (off - strong).abs().max() > 1e-3
+
+
+def test_denoising_leaves_the_cache_as_it_was(model):
+    cache = model.make_cache(2, 40)
+    view = cache.view(torch.full((2, 7), -1), write=True)
+    x = torch.randn(2, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model.transformer(x, view.index, cache=view)
+    view.advance([7, 4])
+    before = cache.keys.clone()
+    beside = cache.view(torch.zeros(2, 4, dtype=torch.long), write=False)
+    model.transformer(x[:, :4], beside.index, cache=beside)
+    assert torch.equal(cache.keys, before)
+    assert cache.row_lengths == cache.lengths.tolist() == [7, 4]
+
+
+def test_text_requests_hold_text_and_never_markers(model, tokenizer):
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    for seed in range(5):
+        [generation] = decoder.generate([Request((RED,), "text", 1, seed, SETTINGS)])
+        assert len(generation.segments) == 1
+        assert isinstance(generation.segments[0], str)
+        assert generation.segments[0]
+
+
+def test_token_limit_and_image_limit(model, tokenizer):
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    for n, images in ((1, 1), (7, 2)):
+        config = dataclasses.replace(SETTINGS, max_new_tokens=n, max_new_images=images)
+        for generation in decoder.generate([Request(("ab",), "any", 6, 0, config)]):
+            pictures = [s for s in generation.segments if not isinstance(s, str)]
+            assert len(pictures) <= images
+            ids = sum(len(tokenizer.encode(s)) for s in generation.segments if isinstance(s, str) and "\ufffd" not in s)
+            assert ids <= n
+
+
+def test_a_full_context_ends_the_row(model, tokenizer):
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    config = dataclasses.replace(SETTINGS, max_new_tokens=500, max_new_images=50)
+    for generation in decoder.generate([Request(("a" * 60,), "any", 3, 1, config)]):
+        assert sum(4 if not isinstance(s, str) else 0 for s in generation.segments) <= 96 - 61
+
+
+def test_refusals(model, tokenizer):
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    with pytest.raises(ValueError, match=r"request 4.*max_seq_len is 96: shorten the prompt"):
+        decoder.generate([Request(("a" * 95,), "image", 1, 0, SETTINGS)], [4])
+    with pytest.raises(ValueError, match="available: euler, dpmpp"):
+        decoder.generate([Request(("a",), "image", 1, 0, dataclasses.replace(SETTINGS, sampler="ddpm"))])
+
+
+def test_pictures_of_any_size_become_the_models(model, tokenizer):
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    latents = decoder._latents(PILImage.new("RGBA", (31, 50), (255, 0, 0, 255)))
+    assert latents.shape == (3, 8, 8)
+    assert latents[0].min() > 0.99
+    assert latents[1].max() < -0.99
+
+
+def test_bf16_copy_keeps_tables_in_fp32():
+    model = Transfusion(261, (3, 8, 8), 4, 32, 1, 4, max_seq_len=96).materialize("cpu", 0)
+    copied = bf16_copy(model)
+    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in copied.buffers()} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (3, None), (None, 0.6), (5, 0.4), (1, 1.0)])
+def test_token_sampling_against_a_loop(temperature, top_k, top_p):
+    config = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = torch.randn(64, 30, generator=torch.Generator().manual_seed(0)) * 2
+    allowed = torch.rand(64, 30, generator=torch.Generator().manual_seed(1)) > 0.3
+    uniforms = torch.stack([torch.rand((), generator=generator("u", r)) for r in range(64)])
+    tokens = sample_tokens(
+        logits,
+        allowed,
+        torch.full((64,), temperature),
+        torch.full((64,), top_k or 30),
+        torch.full((64,), top_p or 1.0),
+        uniforms,
+    )
+    for r in range(64):
+        assert tokens[r] == choose(logits[r], lambda i, r=r: bool(allowed[r, i]), config, generator("u", r))
+
+
+def test_eoi_is_never_sampled(model, tokenizer):
+    """Even where the head wants nothing else."""
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    head = model.text_head
+    wants_eoi = torch.nn.Linear(32, 261, bias=True).double()
+    torch.nn.init.zeros_(wants_eoi.weight)
+    with torch.no_grad():
+        wants_eoi.bias.zero_()
+        wants_eoi.bias[EOI_ID] = 100.0
+    model.text_head = wants_eoi
+    try:
+        [generation] = decoder.generate([Request(("a",), "text", 1, 0, SETTINGS)])
+    finally:
+        model.text_head = head
+    assert len(generation.segments) == 1

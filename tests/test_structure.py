@@ -1,0 +1,96 @@
+"""The package's shape: imports go downward only, nothing prints, nothing names a device, files stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tfusion"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Each tier may import those before it, and modules of its own tier where named so.
+TIERS = [
+    {"randomness"},
+    {"sequence", "diffusion"},
+    {"samplers", "models.attention", "models.kv_cache", "models.transformer", "models.patches", "losses"},
+    {"token_sampling", "requests", "models.transfusion", "tokenizers"},
+    {"generation", "data.corpora", "data.order"},
+    {"data.openmoji", "data.shakespeare", "data.shapes", "data.shapes_reader", "data.mixture"},
+    {"data.steps", "data.validation", "data.prompts", "metrics"},
+    {"data.datamodule", "training.optim", "training.run_folder"},
+    {"training.transfusion", "callbacks"},
+    {"loading"},
+    {"__main__", "bench"},
+]
+# A package's own pieces may import each other.
+FAMILIES = ("tokenizers", "metrics", "callbacks", "bench", "models", "training", "data.shapes")
+FIRST_WITH_LIGHTNING = 7
+
+
+def module_of(path: Path) -> str:
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tier_of(module: str) -> int | None:
+    for tier, names in enumerate(TIERS):
+        if module in names or module.split(".")[0] in names:
+            return tier
+    return None
+
+
+def imports_of(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_downward(path):
+    module = module_of(path)
+    if path.name == "__init__.py":
+        return  # an __init__ only gathers names of its own package
+    tier = tier_of(module)
+    assert tier is not None, f"{module} stands in no tier: add it to TIERS"
+    for name in imports_of(path):
+        if name.split(".")[0] in ("lightning", "pytorch_lightning"):
+            assert tier >= FIRST_WITH_LIGHTNING or module.startswith("data.prompts"), f"{module} imports lightning"
+        if not name.startswith("tfusion."):
+            continue
+        target = name.removeprefix("tfusion.")
+        same_family = any(module.startswith(f) and target.startswith(f) for f in FAMILIES)
+        target_tier = tier_of(target)
+        assert target_tier is not None, f"{module} imports {target}, which stands in no tier"
+        assert target_tier < tier or (same_family and target_tier <= tier), f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_no_print_no_device_no_global_seed(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{path}:{node.lineno} prints: use logging"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr not in ("cuda", "manual_seed_all"), f"{path}:{node.lineno} {node.func.attr}"
+            name = ast.unparse(node.func)
+            assert name != "torch.manual_seed", f"{path}:{node.lineno} seeds the global generator"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_are_of_a_size_one_can_see_whole(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    assert (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.name == "__init__.py"), "docstring"
+
+
+def test_nothing_else_at_the_top():
+    allowed = {"tfusion", "configs", "notebooks", "tests", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"}
+    ignored = {"runs", "dist"}
+    visible = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert allowed <= visible
+    assert visible <= allowed | ignored, visible - allowed
