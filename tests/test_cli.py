@@ -99,13 +99,14 @@ def command(arguments: list[str], cwd: Path, kill_at: int | None, traceback: boo
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    count = 0
+    multiprocessing.set_start_method("fork", force=True)  # of data workers; this process's own is inherited
+    count, main_process = 0, os.getpid()
 
     def die(frame, event, argument):
         nonlocal count
         count += 1
-        if count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if count == kill_at and os.getpid() == main_process:  # data workers count, too
+            os.kill(main_process, signal.SIGKILL)
 
     @functools.wraps(pl.Trainer.fit)
     def fit(*args, **kwargs):

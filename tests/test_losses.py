@@ -20,7 +20,8 @@ LABELS = torch.tensor([3, IGNORE_INDEX, 0, 6, IGNORE_INDEX, 3])
 def test_token_nll_equals_the_loop() -> None:
     logits = 5 * normal(6, 7)
     nll = token_nll(logits, LABELS)
-    assert nll.shape == (6,) and nll.dtype == torch.float32
+    assert nll.shape == (6,)
+    assert nll.dtype == torch.float32
     for row, label, value in zip(logits.tolist(), LABELS.tolist(), nll.tolist(), strict=True):
         if label == IGNORE_INDEX:
             assert value == 0
@@ -42,8 +43,11 @@ def test_token_nll_has_a_gradient_only_where_there_is_a_label() -> None:
 
 def test_padding_changes_no_sum() -> None:
     logits = normal(6, 7)
-    padded = token_nll(torch.cat([logits, 1e4 * normal(250, 7)]), torch.cat([LABELS, LABELS.new_full((250,), -100)]))
-    assert torch.equal(padded[:6], token_nll(logits, LABELS)) and (padded[6:] == 0).all()
+    padded = token_nll(
+        torch.cat([logits, 1e4 * normal(250, 7)]), torch.cat([LABELS, LABELS.new_full((250,), -100)])
+    )
+    assert torch.equal(padded[:6], token_nll(logits, LABELS))
+    assert (padded[6:] == 0).all()
 
 
 def test_without_any_label_all_is_zero() -> None:
@@ -51,17 +55,22 @@ def test_without_any_label_all_is_zero() -> None:
     logits = normal(4, 7).requires_grad_()
     nll = token_nll(logits, torch.full((4,), IGNORE_INDEX))
     nll.sum().backward()
-    assert (nll == 0).all() and (logits.grad == 0).all()
+    assert (nll == 0).all()
+    assert (logits.grad == 0).all()
 
 
 def test_image_mse_equals_the_loop() -> None:
     output, target = normal(4, 2, 3, 5), normal(4, 2, 3, 5, seed=1)
     valid = torch.tensor([True, False, True, True])
     errors = image_mse(output, target, valid)
-    assert errors.shape == (4,) and errors.dtype == torch.float32
+    assert errors.shape == (4,)
+    assert errors.dtype == torch.float32
     for i in range(4):
         squares = [
-            float(output[i, c, y, x] - target[i, c, y, x]) ** 2 for c in range(2) for y in range(3) for x in range(5)
+            float(output[i, c, y, x] - target[i, c, y, x]) ** 2
+            for c in range(2)
+            for y in range(3)
+            for x in range(5)
         ]
         assert math.isclose(errors[i], sum(squares) / 30 if valid[i] else 0, rel_tol=1e-5)
 
@@ -77,7 +86,11 @@ def test_image_mse_has_a_gradient_only_in_valid_slots() -> None:
 
 def test_losses_of_bf16_are_taken_in_fp32() -> None:
     """Each term is exact for the rounded inputs."""
-    logits, output, target = 5 * normal(6, 7).bfloat16(), normal(2, 8, 9, 9).bfloat16(), normal(2, 8, 9, 9, seed=1)
+    logits, output, target = (
+        5 * normal(6, 7).bfloat16(),
+        normal(2, 8, 9, 9).bfloat16(),
+        normal(2, 8, 9, 9, seed=1),
+    )
     nll = token_nll(logits, LABELS)
     errors = image_mse(output, target, torch.ones(2, dtype=torch.bool))
     assert nll.dtype == errors.dtype == torch.float32

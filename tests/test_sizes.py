@@ -11,7 +11,7 @@ from tfusion.models.transfusion import Transfusion
 
 SIZES = Path(__file__).parents[1] / "configs" / "size"
 
-# Table 2; its blocks and embeddings in 10^9 (SwiGLU of 8/3 D, untied 32k embeddings), and Table 7's "extra" in %.
+# Table 2; its blocks and embeddings in 10^9 (SwiGLU of 8/3 D, untied 32k), and Table 7's "extra" in %.
 PAPER = {  # layers, D, heads, blocks, embeddings, adapters' share
     "0.16b": (16, 768, 12, 0.113, 0.049, 0.5),
     "0.37b": (24, 1024, 16, 0.308, 0.066, 0.4),
@@ -19,7 +19,7 @@ PAPER = {  # layers, D, heads, blocks, embeddings, adapters' share
     "1.4b": (24, 2048, 16, 1.233, 0.131, 0.4),
     "7b": (32, 4096, 32, 6.476, 0.262, 0.3),
 }
-# Exact, with a vocabulary of 32,000 + 5, latents 8 x 32 x 32, patch 2: a change here is a change of architecture.
+# Exact, with a vocabulary of 32,000 + 5, latents 8 x 32 x 32, patch 2: a change here changes the model.
 GOLDEN = {  # blocks and final norm, embedding and head, adapters
     "tiny": (4_820_224, 16_386_560, 148_256),
     "small": (25_698_816, 32_773_120, 427_552),
@@ -62,7 +62,8 @@ def test_the_sizes_are_all_there() -> None:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_an_overlay_is_a_header_and_three_numbers(name: str) -> None:
     lines = (SIZES / f"{name}.yaml").read_text().splitlines()
-    assert len(lines) <= 20 and list(overlay(name)) == ["dim", "num_layers", "num_heads"]
+    assert len(lines) <= 20
+    assert list(overlay(name)) == ["dim", "num_layers", "num_heads"]
     header = [line for line in lines if line.startswith("#")]
     assert any(f"tfusion fit --config BASE.yaml --config configs/size/{name}.yaml" in line for line in header)
     assert any(line.startswith("# Parameters: ") for line in header)

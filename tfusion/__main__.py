@@ -151,8 +151,8 @@ def _check_validation_interval(config: Any) -> None:
         return
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
         raise ValueError(
-            f"got trainer.val_check_interval {interval}, expected a number of batches (training data has no end); "
-            "set it, or trainer.limit_val_batches to 0 to go without validation"
+            f"got trainer.val_check_interval {interval}, expected a number of batches, for training data is "
+            "endless; set it, or trainer.limit_val_batches to 0 to go without validation"
         )
     if interval % accumulate:
         nearest = max(accumulate, round(interval / accumulate) * accumulate)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 import tfusion
+from tfusion.data import openmoji
 from tfusion.data.corpora import hash_rank, split_of
 from tfusion.data.openmoji import ATTRIBUTION, OpenMoji, cached_pictures, draw_pictures, emoji_names
 from tfusion.data.shakespeare import Shakespeare
@@ -116,6 +119,10 @@ def test_openmoji_pictures_are_on_white_fill_the_frame_and_differ():
     corners = pixels[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == 255).all((1, 2)).mean() > 0.9
     assert len({picture.tobytes() for picture in pixels}) == len(pixels)
+    # The right way up and round: this triangle stands on its base, and points to neither side.
+    triangle = ink[keys.index("1F53A")]
+    assert triangle[16:].sum() > 1.5 * triangle[:16].sum()
+    assert abs(int(triangle[:, 16:].sum()) - int(triangle[:, :16].sum())) < 0.1 * triangle.sum()
     # The heart is red in the middle; the small black square is smaller than the large one.
     red, green, blue = pixels[keys.index("2764"), :, 15, 16].astype(int)
     assert red > 180 and max(green, blue) < 80
@@ -132,9 +139,16 @@ def test_openmoji_second_start_is_fast():
 def test_openmoji_may_be_drawn_by_several_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TFUSION_CACHE", str(tmp_path / "new"))
     keys = list(emoji_names())[:100]
+    expected = draw_pictures(keys, 16)
+    all_have_written, replace = threading.Barrier(4), os.replace
+
+    def wait_and_replace(source, target):
+        all_have_written.wait(timeout=60)
+        replace(source, target)
+
+    monkeypatch.setattr(openmoji.os, "replace", wait_and_replace)
     with ThreadPoolExecutor(4) as pool:
         drawn = list(pool.map(lambda _: np.array(cached_pictures(keys, 16)), range(4)))
-    expected = draw_pictures(keys, 16)
     assert all(np.array_equal(pixels, expected) for pixels in drawn)
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".npy"]
 

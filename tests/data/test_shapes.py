@@ -217,9 +217,9 @@ def test_what_is_no_scene_is_none():
     frame[:, 8:24, 8:24] = 25
     frame[:, 11:21, 11:21] = 255
     assert read_scene(frame) is None
-    pink = np.full((3, 32, 32), 255, np.uint8)
-    pink[1, 10:22, 10:22] = 60
-    assert read_scene(pink) is None
+    magenta = np.full((3, 32, 32), 255, np.uint8)
+    magenta[1, 10:22, 10:22] = 0
+    assert read_scene(magenta) is None
     # Two groups of which neither lies beside the other.
     crossed = [("red", 0.25, 0.25), ("red", 0.75, 0.75), ("blue", 0.75, 0.25), ("blue", 0.25, 0.75)]
     assert read_scene(draw([Placed("circle", color, x, y, 0.36) for color, x, y in crossed], 32)) is None

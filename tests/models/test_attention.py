@@ -16,7 +16,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def layout(row: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A row of words `document image hidden`, such as `0.h`: a dot is no image, p is a document of padding."""
+    """A row of words `document image hidden`, such as `01h`: a dot is no image, p is padding."""
     words = row.split()
     documents = torch.tensor([-1 if w[0] == "p" else int(w[0]) for w in words])
     images = torch.tensor([-1 if w[1] == "." else int(w[1]) for w in words])
@@ -69,7 +69,10 @@ def dense(mask: BlockMask | Tensor, T: int) -> Tensor:
         return mask[:, 0]
     index = torch.arange(T)
     return torch.stack(
-        [mask.mask_mod(torch.tensor(b), torch.tensor(0), index[:, None], index[None]) for b in range(mask.shape[0])]
+        [
+            mask.mask_mod(torch.tensor(b), torch.tensor(0), index[:, None], index[None])
+            for b in range(mask.shape[0])
+        ]
     )
 
 
@@ -85,22 +88,24 @@ def test_mask_equals_the_loop_on_random_rows(seed: int) -> None:
     ids = random_layout(3, 40, seed)
     assert ids[2].any() or seed  # the first has hidden keys
     mask = training_mask(*ids, "sdpa")
-    assert mask.shape == (3, 1, 40, 40) and mask.dtype == torch.bool
+    assert mask.shape == (3, 1, 40, 40)
+    assert mask.dtype == torch.bool
     assert torch.equal(mask[:, 0], loop_mask(*ids))
 
 
 def test_mask_examples_by_hand() -> None:
     """`BOS [BOI hidden hidden EOI] [clean clean] text`: read off the page, not computed."""
     ids = layout("0. 0. 00h 00h 0. 01 01 0.")
-    expected = """
-        1.......
-        11......
-        1111....
-        1111....
-        11..1...
-        11..111.
-        11..111.
-        11..1111""".split()
+    expected = [
+        "1.......",
+        "11......",
+        "1111....",
+        "1111....",
+        "11..1...",
+        "11..111.",
+        "11..111.",
+        "11..1111",
+    ]
     assert ["".join(".1"[int(see)] for see in row) for row in training_mask(*ids, "sdpa")[0, 0]] == expected
 
 
@@ -140,7 +145,7 @@ def test_sdpa_equals_the_loop_in_values_and_gradients(kind: str, heads: int, kv_
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_equals_sdpa_without_gradients(kv_heads: int) -> None:
-    """Eager flex attention under the package's block mask: on CPU it has no backward. 160 is no whole block."""
+    """Eager, under the package's block mask: on CPU flex has no backward. 160 is no whole block."""
     ids = random_layout(2, 160, 3)
     qkv = [x.detach() for x in make_qkv(2, 4, kv_heads, 160, 16)]
     block_mask = training_mask(*ids, "flex")

@@ -1,4 +1,4 @@
-"""Cached equals uncached: text, images, denoising beside the cache, rows of different lengths, each row as if alone."""
+"""Cached equals uncached: text, images, denoising beside the cache, rows of different lengths."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_chunks_equal_the_whole(trunk: Transformer, chunks: list[int]) -> None:
     for count in chunks:
         outputs += step(trunk, cache, [x[at : at + count]], [IMAGES[at : at + count]])
         at += count
-    assert cache.row_lengths == [T] and cache.lengths.tolist() == [T] and cache.longest == T
+    assert cache.row_lengths == [T]
+    assert cache.lengths.tolist() == [T]
+    assert cache.longest == T
     close(torch.cat(outputs), full(trunk, x, IMAGES))
 
 
@@ -93,7 +95,9 @@ def fill(trunk: Transformer, rows: list[int]) -> tuple[KVCache, list[list[Tensor
             continue  # alone, this row has nothing to write
         spans = [slice(at[n], at[n] + counts[row]) for n, row in enumerate(rows)]
         x = [normal(T, D, seed=row)[span] for row, span in zip(rows, spans, strict=True)]
-        outputs.append(step(trunk, cache, x, [ROWS[row][span] for row, span in zip(rows, spans, strict=True)]))
+        outputs.append(
+            step(trunk, cache, x, [ROWS[row][span] for row, span in zip(rows, spans, strict=True)])
+        )
         at = [span.stop for span in spans]
     return cache, outputs
 
@@ -140,10 +144,17 @@ def test_denoising_beside_the_cache_equals_the_whole(trunk: Transformer) -> None
 def test_clean_image_is_written_after_denoising_and_text_goes_on(trunk: Transformer) -> None:
     lengths = [8, 2]
     cache = prefixes(trunk, lengths)
-    trunk(normal(2, 5, D, seed=50), (view := cache.view(cache.lengths[:, None].expand(-1, 5), False)).index, cache=view)
+    trunk(
+        normal(2, 5, D, seed=50),
+        (view := cache.view(cache.lengths[:, None].expand(-1, 5), False)).index,
+        cache=view,
+    )
     new = [normal(8, D, seed=60 + row) for row in range(2)]
     out = step(trunk, cache, [x[:5] for x in new], [[n] * 5 for n in lengths])
-    out = [torch.cat(pair) for pair in zip(out, step(trunk, cache, [x[5:] for x in new], [[-1] * 3] * 2), strict=True)]
+    out = [
+        torch.cat(pair)
+        for pair in zip(out, step(trunk, cache, [x[5:] for x in new], [[-1] * 3] * 2), strict=True)
+    ]
     for row, n in enumerate(lengths):
         whole = full(trunk, torch.cat([normal(T, D)[:n], new[row]]), IMAGES[:n] + [n] * 5 + [-1] * 3)
         close(out[row], whole[n:])
@@ -153,11 +164,13 @@ def test_select_is_a_copy_and_put_writes_back(trunk: Transformer) -> None:
     """Rows go their own way and come back; the others never notice."""
     cache = prefixes(trunk, [8, 2, 13])
     chosen = cache.select([2, 0])
-    assert chosen.row_lengths == [13, 8] == chosen.lengths.tolist() and chosen.capacity == cache.capacity
+    assert chosen.row_lengths == [13, 8] == chosen.lengths.tolist()
+    assert chosen.capacity == cache.capacity
     before = cache.keys.clone()
     new = [normal(2, D, seed=70 + row) for row in range(2)]
     step(trunk, chosen, new, [[-1] * 2] * 2)
-    assert torch.equal(cache.keys, before) and cache.row_lengths == [8, 2, 13] == cache.lengths.tolist()
+    assert torch.equal(cache.keys, before)
+    assert cache.row_lengths == [8, 2, 13] == cache.lengths.tolist()
 
     cache.put([2], chosen, [0])
     assert cache.row_lengths == [8, 2, 15] == cache.lengths.tolist()
@@ -186,5 +199,6 @@ def test_a_cache_in_bf16_gives_outputs_in_the_queries_type(trunk: Transformer) -
     cache = KVCache(LAYERS, 1, KV_HEADS, D // HEADS, 16, torch.device("cpu"), torch.bfloat16)
     x = normal(6, D)
     out = torch.cat([*step(trunk, cache, [x[:5]], [[-1] * 5]), *step(trunk, cache, [x[5:]], [[-1]])])
-    assert out.dtype == torch.float64 and cache.keys.dtype == torch.bfloat16
+    assert out.dtype == torch.float64
+    assert cache.keys.dtype == torch.bfloat16
     torch.testing.assert_close(out, full(trunk, x, [-1] * 6), rtol=0.1, atol=0.1)

@@ -1,4 +1,4 @@
-"""The whole model equals a naive forward; packing, empty slots and what a position may not see change nothing."""
+"""The model equals a naive forward; packing, empty slots and what must not be seen change nothing."""
 
 from __future__ import annotations
 
@@ -94,23 +94,26 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_equals_the_naive_forward(model: Transfusion) -> None:
+def test_equals_the_naive_forward_with_its_gradients(model: Transfusion) -> None:
+    """Through embedding, scatter, gather and both heads; logits only where asked for, in any order."""
     batch, x_t, timesteps = make(PACKED)
+    batch = dataclasses.replace(batch, text_positions=batch.text_positions.flip(0))
     logits, output = model(batch, x_t, timesteps)
-    assert logits.shape == (len(batch.text_positions), V) and output.shape == x_t.shape
+    assert logits.shape == (256, V)
+    assert output.shape == x_t.shape
     all_logits, outputs = naive(model, batch, x_t, timesteps)
+    valid = batch.image_valid[:, None, None, None]
     close(logits, all_logits[batch.text_positions])
-    close(output[batch.image_valid], outputs[batch.image_valid])
+    close(output * valid, outputs)
 
-
-def test_logits_are_the_full_ones_at_labelled_positions(model: Transfusion) -> None:
-    """Reordered and repeated positions too."""
-    batch, x_t, timesteps = make(PACKED)
-    full, output = model(everywhere(batch), x_t, timesteps)
-    chosen = batch.text_positions.flip(0)
-    logits, same = model(dataclasses.replace(batch, text_positions=chosen), x_t, timesteps)
-    close(logits, full[chosen])
-    assert torch.equal(output, same)
+    weights, image_weights = normal(256, V, seed=5), normal(*x_t.shape, seed=6) * valid
+    ours = (logits * weights).sum() + (output * image_weights).sum()
+    theirs = (all_logits[batch.text_positions] * weights).sum() + (outputs * image_weights).sum()
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
+    ):
+        close(a, b)
 
 
 def by_place(batch: Batch, logits: Tensor, output: Tensor, names: list[list[int]]) -> tuple[dict, dict]:
@@ -131,7 +134,9 @@ def by_place(batch: Batch, logits: Tensor, output: Tensor, names: list[list[int]
 
 
 @pytest.mark.parametrize(
-    "names", [[[0, 1, 3], [2, 4]], [[4, 3, 2], [1, 0]], [[3, 0], [], [4, 1], [2]]], ids=["packed", "reordered", "gaps"]
+    "names",
+    [[[0, 1, 3], [2, 4]], [[4, 3, 2], [1, 0]], [[3, 0], [], [4, 1], [2]]],
+    ids=["packed", "reordered", "gaps"],
 )
 @pytest.mark.parametrize("max_images", [3, K])
 def test_packed_equals_separate(model: Transfusion, names: list[list[int]], max_images: int) -> None:
@@ -142,7 +147,8 @@ def test_packed_equals_separate(model: Transfusion, names: list[list[int]], max_
         batch, x_t, timesteps = make([[DOCUMENTS[name] for name in row] for row in rows], slots)
         results.append(by_place(batch, *model(batch, x_t, timesteps), rows))
     labels = sum(len(e) for d in DOCUMENTS for e in d.elements if not isinstance(e, Image))
-    assert len(results[0][0]) > labels and len(results[0][1]) == 4
+    assert len(results[0][0]) > labels
+    assert len(results[0][1]) == 4
     for packed, separate in zip(*results, strict=True):
         assert packed.keys() == separate.keys()
         for key in packed:
@@ -160,12 +166,14 @@ def test_loss_of_packed_rows_is_the_sum_over_separate_ones(model: Transfusion) -
         loss = token_nll(logits, batch.text_labels).sum() + 5 * errors.sum()
         sums.append([loss.detach().double(), *torch.autograd.grad(loss, list(model.parameters()))])
     for packed, separate in zip(*sums, strict=True):  # losses are in fp32
-        torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5 * max(1.0, separate.abs().max().item()))
+        torch.testing.assert_close(
+            packed, separate, rtol=1e-5, atol=1e-5 * max(1.0, separate.abs().max().item())
+        )
 
 
 # Leaks: what a perturbation changes, exactly.
 
-# Row 0: 0 BOS, 1-3 text, 4 BOI, 5-8 image 0, 9 EOI, 10 EOS | 11 BOS, 12-15 text, 16 EOS | 17-19 text | padding
+# Row 0: 0 BOS, 1-3 text, 4 BOI, 5-8 image 0, 9 EOI, 10 EOS | 11 BOS, 12-15 text, 16 EOS | 17-19 text
 # Row 1: 0 BOS, 1 BOI, 2-5 image K, 6 EOI, 7-8 text, 9 BOI, 10-13 image K + 1, 14 EOI, 15 text, 16 EOS
 #        | 17 BOS, 18 BOI, 19-22 image K + 2, 23 EOI, 24 EOS | padding
 
@@ -177,7 +185,9 @@ def changed(model: Transfusion, perturb) -> tuple[set[tuple[int, int]], set[int]
     logits, output = model(batch, x_t, timesteps)
     new_logits, new_output = model(*perturb(batch, x_t.clone(), timesteps.clone()))
     positions = (logits != new_logits).any(1).nonzero()[:, 0]
-    slots = {slot for slot in range(len(x_t)) if batch.image_valid[slot] and (output != new_output)[slot].any()}
+    slots = {
+        slot for slot in range(len(x_t)) if batch.image_valid[slot] and (output != new_output)[slot].any()
+    }
     return {divmod(int(flat), T) for flat in positions}, slots
 
 
@@ -215,7 +225,9 @@ def test_a_token_changes_itself_and_what_follows(model: Transfusion, at, positio
         (K + 2, span(1, 19, 25), {K + 2}),  # another document's
     ],
 )
-def test_a_patch_changes_its_whole_image_and_what_follows(model: Transfusion, slot, positions, slots, what) -> None:
+def test_a_patch_changes_its_whole_image_and_what_follows(
+    model: Transfusion, slot, positions, slots, what
+) -> None:
     """Bidirectional inside: the last patch changes the first."""
 
     def perturb(batch, x_t, timesteps):
@@ -239,17 +251,6 @@ def test_every_patch_of_an_image_sees_every_other(model: Transfusion) -> None:
             assert (model(batch, new, timesteps)[1][K] != output[K]).all()
 
 
-def test_a_neighbour_in_the_row_and_its_images_change_nothing(model: Transfusion) -> None:
-    """A whole document replaced by another, with other slots: exactly the same outputs elsewhere in the row."""
-    outputs = []
-    for first in (DOCUMENTS[1], Document(([30, 31, 32, 33],))):
-        batch, x_t, timesteps = make([[first, DOCUMENTS[0]]])
-        logits, output = model(everywhere(batch), x_t, timesteps)
-        outputs.append((logits[first.length(P) :], output[0]))
-    for a, b in zip(*outputs, strict=True):
-        assert torch.equal(a, b)
-
-
 # Hidden keys: a noised copy beside a clean one.
 
 
@@ -271,15 +272,6 @@ def test_a_hidden_image_is_seen_by_itself_alone(model: Transfusion) -> None:
     assert {divmod(int(flat), T) for flat in positions} == span(1, 2, 6)
     assert (output != new_output).flatten(1).any(1).nonzero()[:, 0].tolist() == [K]
     close(logits, naive(model, batch, x_t, timesteps)[0])
-
-
-def test_a_hidden_image_still_sees_what_came_before(model: Transfusion) -> None:
-    batch, x_t, timesteps = hidden_batch(PACKED, {K + 1})
-    output = model(batch, x_t, timesteps)[1]
-    ids = batch.token_ids.clone()
-    ids[1, 7] = 33
-    new = model(dataclasses.replace(batch, token_ids=ids), x_t, timesteps)[1]
-    assert (new[K + 1] != output[K + 1]).any() and torch.equal(new[K], output[K])
 
 
 # Empty slots.
@@ -315,14 +307,13 @@ def test_an_empty_slot_gives_and_gets_no_gradient(model: Transfusion) -> None:
 
 
 def test_without_images_the_adapters_get_zeros_not_nothing(model: Transfusion) -> None:
-    """No parameter is unused under DDP, none is NaN, and the text is what it is with the slots taken away."""
+    """No parameter is unused under DDP, none is NaN, and a row of padding does no harm."""
     batch, x_t, timesteps = make([[DOCUMENTS[1]], []])
     loss_of(model, batch, x_t, timesteps).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
         assert (parameter.grad == 0).all() == name.startswith("patch_"), name
-    logits = model(batch, x_t, timesteps)[0]
-    close(logits, naive(model, batch, x_t, timesteps)[0][batch.text_positions])
 
 
 def test_without_text_labels_the_text_head_gets_zeros(model: Transfusion) -> None:
@@ -330,21 +321,16 @@ def test_without_text_labels_the_text_head_gets_zeros(model: Transfusion) -> Non
     assert (batch.text_labels == IGNORE_INDEX).all()
     loss_of(model, batch, x_t, timesteps).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
         assert (parameter.grad == 0).all() == (name == "text_head.weight"), name
-
-
-def test_padding_alone_is_no_nan(model: Transfusion) -> None:
-    batch, x_t, timesteps = make([[], []])
-    loss = loss_of(model, batch, x_t, timesteps)
-    loss.backward()
-    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
 def test_rows_without_slots_are_text(model: Transfusion) -> None:
     """K = 0, what a run without pictures asks for."""
     batch, x_t, timesteps = make([[DOCUMENTS[1]]], max_images=0)
-    assert x_t.shape == (0, *LATENT) and timesteps.shape == (0,)
+    assert x_t.shape == (0, *LATENT)
+    assert timesteps.shape == (0,)
     logits, output = model(batch, x_t, timesteps)
     assert output.shape == x_t.shape
     expected, *_ = model(*make([[DOCUMENTS[1]]]))
@@ -358,11 +344,13 @@ def test_all_parameters_learn(model: Transfusion) -> None:
     batch, x_t, timesteps = make(PACKED)
     loss_of(model, batch, x_t, timesteps).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
         assert (parameter.grad != 0).any(), name
     used = {int(i) for i in batch.token_ids[(batch.image_ids < 0) & (batch.document_ids >= 0)]}
     trained = set(model.embedding.weight.grad.abs().sum(1).nonzero()[:, 0].tolist())
-    assert trained <= used and used - trained <= {2}  # EOS as input predicts nothing
+    assert trained <= used
+    assert used - trained <= {2}
 
 
 def test_a_new_model_predicts_zero_and_learns_from_there() -> None:
@@ -373,27 +361,3 @@ def test_a_new_model_predicts_zero_and_learns_from_there() -> None:
     assert (output == 0).all()
     output.sub(1).square().sum().backward()
     assert (model.patch_decoder.proj.weight.grad != 0).all()
-
-
-def test_shared_slots_of_rows_are_the_rows_own(model: Transfusion) -> None:
-    """Rows swapped with their slots: outputs swap and nothing else."""
-    batch, x_t, timesteps = make(PACKED)
-    other, y_t, swapped_timesteps = make(PACKED[::-1])
-    logits, output = model(everywhere(batch), x_t, timesteps)
-    swapped, swapped_output = model(everywhere(other), y_t, swapped_timesteps)
-    close(swapped.view(2, T, V).flip(0), logits.view(2, T, V))
-    close(swapped_output.view(2, K, *LATENT).flip(0)[:, :3], output.view(2, K, *LATENT)[:, :3])
-
-
-def test_gradients_equal_the_naive_ones(model: Transfusion) -> None:
-    """Through embedding, scatter, gather and both heads."""
-    batch, x_t, timesteps = make(PACKED)
-    weights, image_weights = normal(len(batch.text_positions), V, seed=5), normal(*x_t.shape, seed=6)
-    image_weights *= batch.image_valid[:, None, None, None]
-    logits, output = model(batch, x_t, timesteps)
-    all_logits, outputs = naive(model, batch, x_t, timesteps)
-    ours = (logits * weights).sum() + (output * image_weights).sum()
-    theirs = (all_logits[batch.text_positions] * weights).sum() + (outputs * image_weights).sum()
-    parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
-        close(a, b)
