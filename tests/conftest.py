@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -50,8 +51,17 @@ class TinyTexts:
     def load(self, split: str) -> Sequence[str]:
         verses = [f"Line {n} of a long text, in which é and 漢 count for several bytes.\n" for n in range(80)]
         if split != "train":
-            return ["A held-out text with a line that is long enough.\n\nAnd a short one.\n", "".join(verses[5:12])]
-        return ["A single line.\n", "First.\n\n\nAfter two empty lines.\n", "", "no line end", "".join(verses)]
+            return [
+                "A held-out text with a line that is long enough.\n\nAnd a short one.\n",
+                "".join(verses[5:12]),
+            ]
+        return [
+            "A single line.\n",
+            "First.\n\n\nAfter two empty lines.\n",
+            "",
+            "no line end",
+            "".join(verses),
+        ]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,7 +96,8 @@ def tiny_module() -> Callable[..., TransfusionModule]:
     sizes |= {"dim": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 64}
 
     def make(family: str = "ddpm", prediction_type: str = "epsilon", **settings: Any) -> TransfusionModule:
-        model = Transfusion(**(sizes | {name: settings.pop(name) for name in sizes if name in settings}))
+        of_model = inspect.signature(Transfusion).parameters
+        model = Transfusion(**(sizes | {name: settings.pop(name) for name in of_model if name in settings}))
         if family == "ddpm":
             scheduler = DDPMScheduler(
                 beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False

@@ -125,9 +125,7 @@ def command(arguments: list[str], cwd: Path, kill_at: int | None, traceback: boo
     runpy.run_module("tfusion", run_name="__main__")
 
 
-def tfusion(
-    cwd: Path, *arguments: str, kill_at: int | None = None, traceback: bool = False
-) -> tuple[int | None, str]:
+def tfusion(cwd: Path, *arguments: str, kill_at: int | None = None, traceback: bool = False) -> tuple[int | None, str]:
     """Run a command; return its exit code and what it wrote."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tfusion.__main__"])  # imports for all commands, once
@@ -205,9 +203,7 @@ def test_a_resume_takes_the_command_line_and_leaves_config_yaml(copied: Path) ->
     root = copied / "run"
     before = (root / "config.yaml").read_bytes(), rows(root)
     run = ("--config", str(root / "config.yaml"), "--trainer.default_root_dir", "run")
-    code, output = tfusion(
-        copied, "fit", *run, "--ckpt_path", "last", "--trainer.max_steps", "8", "--model.lr", "0.5"
-    )
+    code, output = tfusion(copied, "fit", *run, "--ckpt_path", "last", "--trainer.max_steps", "8", "--model.lr", "0.5")
     assert code == 0, output
     assert (root / "config.yaml").read_bytes() == before[0]
     after = rows(root)
@@ -237,9 +233,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path: Path, accumulate: int,
         code, output = tfusion(tmp_path, *run, *resume)
         assert code == 0, output
         assert rows(Path(root)) == rows(tmp_path / "run")
-        left, right = (
-            torch.load(path, weights_only=True) for path in (last, tmp_path / "run/checkpoints/last.ckpt")
-        )
+        left, right = (torch.load(path, weights_only=True) for path in (last, tmp_path / "run/checkpoints/last.ckpt"))
         assert left["state_dict"].keys() == right["state_dict"].keys()
         for name, tensor in left["state_dict"].items():
             assert torch.equal(tensor, right["state_dict"][name]), name
@@ -362,9 +356,7 @@ def test_a_logger_in_yaml_adds_to_the_run_folders_own(tmp_path: Path) -> None:
     ],
 )
 def test_refuses_validation_intervals_that_would_not_do(interval, accumulate, batches) -> None:
-    config = SimpleNamespace(
-        val_check_interval=interval, accumulate_grad_batches=accumulate, limit_val_batches=batches
-    )
+    config = SimpleNamespace(val_check_interval=interval, accumulate_grad_batches=accumulate, limit_val_batches=batches)
     with pytest.raises(ValueError, match="val_check_interval"):
         cli._check_validation_interval(config)
     config.limit_val_batches = 0

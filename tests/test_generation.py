@@ -20,9 +20,7 @@ from tfusion.token_sampling import sample_tokens
 from tfusion.tokenizers import PixelTokenizer, TextTokenizer
 
 FLOW = NoiseProcess(FlowMatchEulerDiscreteScheduler(), "sample")
-DDPM = NoiseProcess(
-    DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False), "epsilon"
-)
+DDPM = NoiseProcess(DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False), "epsilon")
 SETTINGS = GenerationConfig(
     num_inference_steps=5, guidance_scale=2.0, temperature=1.0, max_new_tokens=12, max_new_images=2
 )

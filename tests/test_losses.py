@@ -43,9 +43,7 @@ def test_token_nll_has_a_gradient_only_where_there_is_a_label() -> None:
 
 def test_padding_changes_no_sum() -> None:
     logits = normal(6, 7)
-    padded = token_nll(
-        torch.cat([logits, 1e4 * normal(250, 7)]), torch.cat([LABELS, LABELS.new_full((250,), -100)])
-    )
+    padded = token_nll(torch.cat([logits, 1e4 * normal(250, 7)]), torch.cat([LABELS, LABELS.new_full((250,), -100)]))
     assert torch.equal(padded[:6], token_nll(logits, LABELS))
     assert (padded[6:] == 0).all()
 
@@ -67,10 +65,7 @@ def test_image_mse_equals_the_loop() -> None:
     assert errors.dtype == torch.float32
     for i in range(4):
         squares = [
-            float(output[i, c, y, x] - target[i, c, y, x]) ** 2
-            for c in range(2)
-            for y in range(3)
-            for x in range(5)
+            float(output[i, c, y, x] - target[i, c, y, x]) ** 2 for c in range(2) for y in range(3) for x in range(5)
         ]
         assert math.isclose(errors[i], sum(squares) / 30 if valid[i] else 0, rel_tol=1e-5)
 

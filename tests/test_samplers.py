@@ -102,9 +102,7 @@ def test_a_single_data_point_is_recovered(family, name, prediction, num_steps):
 def test_flow_shift_still_reaches_the_data(prediction):
     for name in ("euler", "dpmpp"):
         sampler = Sampler(make_process("flow", prediction, shift=3.0), name, 100)
-        x_0 = sample(
-            sampler, gaussian_network("flow", prediction, 0.5, 1.0, error=0.01), normal(8, 1, 64, 64)
-        )
+        x_0 = sample(sampler, gaussian_network("flow", prediction, 0.5, 1.0, error=0.01), normal(8, 1, 64, 64))
         assert x_0.mean().item() == pytest.approx(0.5, abs=0.03)
         assert x_0.std().item() == pytest.approx(1.0, rel=0.03)
 
@@ -146,9 +144,7 @@ def test_flow_samplers_equal_diffusers(shift):
     euler = FlowMatchEulerDiscreteScheduler(shift=shift)
     euler.set_timesteps(sigmas=[1 - step / 20 for step in range(20)])
     compare_trajectories(Sampler(process, "euler", 20), euler, euler.timesteps)
-    dpmpp = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
+    dpmpp = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     dpmpp.set_timesteps(20)
     compare_trajectories(Sampler(process, "dpmpp", 20), dpmpp, dpmpp.timesteps)
 
@@ -211,9 +207,7 @@ def test_ddpm_noise_comes_from_the_rows_generators():
         ("flow", "dpmpp", "epsilon", 50, 1000 * 164 / 165, 20 * 164 / 165),
     ],
 )
-def test_timesteps_start_and_end_where_the_prediction_allows(
-    family, name, prediction, num_steps, first, last
-):
+def test_timesteps_start_and_end_where_the_prediction_allows(family, name, prediction, num_steps, first, last):
     timesteps = Sampler(make_process(family, prediction), name, num_steps).timesteps
     assert len(timesteps) == num_steps
     assert all(isinstance(t, float) for t in timesteps)

@@ -254,9 +254,7 @@ def test_documents_about_as_long_as_a_row(length: int) -> None:
 
 
 def test_documents_that_no_row_can_hold_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"25 positions and 1 images, but a row has 24 positions and 3 image slots"
-    ):
+    with pytest.raises(ValueError, match=r"25 positions and 1 images, but a row has 24 positions and 3 image slots"):
         list(pack([Document(([5] * 17, picture(0)))], SHAPE))
     with pytest.raises(ValueError, match=r"2 images, but a row has 24 positions and 1 image slots"):
         list(pack([Document((picture(0), picture(1)))], dataclasses.replace(SHAPE, max_images=1)))
@@ -266,9 +264,7 @@ def test_documents_that_no_row_can_hold_are_refused() -> None:
 
 @pytest.mark.parametrize("max_images", [-1, 5, 100])
 def test_more_slots_than_a_row_can_hold_are_refused(max_images: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"max_images_per_row is {max_images}, but a row of 24 .* at most 4 images"
-    ):
+    with pytest.raises(ValueError, match=rf"max_images_per_row is {max_images}, but a row of 24 .* at most 4 images"):
         RowShape(T, P, max_images, LATENT, None)
     assert RowShape(T, P, 4, LATENT, None).max_images == 4
 
@@ -289,9 +285,7 @@ def test_shapes_and_types_do_not_depend_on_the_content(image_shape) -> None:
     for rows in layouts:
         batch = make(rows, shape)
         values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        descriptions.append(
-            {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-        )
+        descriptions.append({k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
     assert descriptions[0] == descriptions[1] == descriptions[2]
     long, slots = torch.int64, 2 * K
     pictures = ((slots, 3, 8, 8), torch.uint8) if image_shape else None
@@ -313,9 +307,7 @@ def test_shapes_and_types_do_not_depend_on_the_content(image_shape) -> None:
         assert (batch.images[2] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("labels", "n"), [(0, 256), (1, 256), (255, 256), (256, 256), (257, 512), (600, 768)]
-)
+@pytest.mark.parametrize(("labels", "n"), [(0, 256), (1, 256), (255, 256), (256, 256), (257, 512), (600, 768)])
 def test_labelled_positions_are_padded_to_a_multiple(labels: int, n: int) -> None:
     shape = RowShape(1024, P, 0, LATENT, None)
     document = Document(([5] * labels,), bos=False, eos=False, next_id=6 if labels else None)
@@ -369,8 +361,6 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest() -> None:
     moved = batch.to("meta")
     for field in dataclasses.fields(batch):
         value = getattr(moved, field.name)
-        assert value.is_meta if isinstance(value, torch.Tensor) else value == getattr(batch, field.name), (
-            field.name
-        )
+        assert value.is_meta if isinstance(value, torch.Tensor) else value == getattr(batch, field.name), field.name
     assert batch.token_ids.device.type == "cpu"
     assert moved.position == (1, 2)

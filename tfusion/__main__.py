@@ -98,9 +98,7 @@ class TfusionCLI(LightningCLI):
         self.save_config_callback = None
         if self.subcommand != "fit":
             if config.ckpt_path is None and config.get("model.init_args.init_from") is None:
-                raise ValueError(
-                    f"{self.subcommand} got no weights; expected --ckpt_path last, best or a path"
-                )
+                raise ValueError(f"{self.subcommand} got no weights; expected --ckpt_path last, best or a path")
         elif not config.trainer.fast_dev_run:
             _check_validation_interval(config.trainer)
             if config.ckpt_path is None:

@@ -94,9 +94,7 @@ class NoiseProcess:
     ) -> None:
         if type(noise_scheduler) not in _FAMILIES:
             names = ", ".join(cls.__name__ for cls in _FAMILIES)
-            raise ValueError(
-                f"noise_scheduler is a {type(noise_scheduler).__name__}; expected one of {names}."
-            )
+            raise ValueError(f"noise_scheduler is a {type(noise_scheduler).__name__}; expected one of {names}.")
         _check_choice("prediction_type", prediction_type, PredictionType)
         _check_choice("timestep_sampling", timestep_sampling, TimestepSampling)
         if not (math.isfinite(logit_mean) and math.isfinite(logit_std) and logit_std > 0):
@@ -111,9 +109,7 @@ class NoiseProcess:
         self.logit_mean = logit_mean
         self.logit_std = logit_std
         self.num_train_timesteps: int = noise_scheduler.config.num_train_timesteps
-        self._alphas_cumprod: dict[
-            torch.device, Tensor
-        ] = {}  # one copy a device, so that no step copies it again
+        self._alphas_cumprod: dict[torch.device, Tensor] = {}  # one copy a device, so that no step copies it again
         if self.family == "ddpm":
             table = noise_scheduler.alphas_cumprod
             if table.is_meta:
@@ -135,9 +131,7 @@ class NoiseProcess:
             (I,) fp32 or float64; whole numbers in ddpm.
         """
         if uniforms.shape != limits.shape or uniforms.dim() != 1:
-            raise ValueError(
-                f"uniforms {tuple(uniforms.shape)} and limits {tuple(limits.shape)}; expected both (I,)."
-            )
+            raise ValueError(f"uniforms {tuple(uniforms.shape)} and limits {tuple(limits.shape)}; expected both (I,).")
         dtype = torch.promote_types(uniforms.dtype, torch.float32)
         fractions = uniforms.to(dtype).clamp(_UNIFORM_MARGIN, 1 - _UNIFORM_MARGIN)
         if self.timestep_sampling == "logit_normal":  # Stable Diffusion 3, eq. 19, by the inverse of its CDF
@@ -216,9 +210,7 @@ class NoiseProcess:
         return alpha, sigma, a.to(dtype), b.to(dtype)
 
 
-def _solve(
-    kind: PredictionType, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor]:
+def _solve(kind: PredictionType, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Solve `x_t = alpha * x_0 + sigma * noise` and the definition of `kind` for x_0 and noise."""
     if kind == "epsilon":
         return (x_t - sigma * output) / alpha.clamp(min=_MIN_DIVISOR), output

@@ -273,7 +273,7 @@ class _Decoding:
         logits = self.model.text_head(hidden)  # (R, V)
         V = logits.shape[-1]
         allowed = torch.ones(len(rows), V, dtype=torch.bool)
-        allowed[:, :EOI_ID + 1] = False  # EOI is appended, never sampled
+        allowed[:, : EOI_ID + 1] = False  # EOI is appended, never sampled
         for r, row in enumerate(rows):
             config, kind = row.request.config, row.request.generate
             room = lengths[r] + self.P + 2 <= row.limit and row.num_images < config.max_new_images

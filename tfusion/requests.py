@@ -52,7 +52,11 @@ class GenerationConfig:
         for name in ("num_inference_steps", "max_new_tokens", "max_new_images"):
             require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number >= 1")
         require("guidance_scale", _is_number(self.guidance_scale) and self.guidance_scale >= 0, "a number >= 0")
-        require("temperature", _is_number(self.temperature) and self.temperature >= 0, "a number >= 0 (0 = greedy)")
+        require(
+            "temperature",
+            _is_number(self.temperature) and self.temperature >= 0,
+            "a number >= 0 (0 = greedy)",
+        )
         require("top_k", self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1), "a whole number >= 1")
         require("top_p", self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1), "0 < top_p <= 1")
 
@@ -81,9 +85,7 @@ _CONFIG_KEYS = {f.name for f in dataclasses.fields(GenerationConfig)}
 _REQUEST_KEYS = {"segments", "generate", "n", "seed"}
 
 
-def parse_request(
-    line: dict[str, Any] | Request, defaults: GenerationConfig, folder: Path = Path(".")
-) -> Request:
+def parse_request(line: dict[str, Any] | Request, defaults: GenerationConfig, folder: Path = Path(".")) -> Request:
     """A `Request` from the dictionary form.
 
     Args:
@@ -133,7 +135,9 @@ def _parse_segment(segment: Any, folder: Path) -> Segment:
                 with PILImage.open(path) as image:
                     return image.convert("RGB")
             except OSError as error:
-                raise ValueError(f"image {str(path)!r} cannot be read ({error}); give a path relative to the file") from error
+                raise ValueError(
+                    f"image {str(path)!r} cannot be read ({error}); give a path relative to the file"
+                ) from error
     raise ValueError(f'segment {segment!r}: expected {{"text": "..."}} or {{"image": "path.png"}}')
 
 

@@ -72,8 +72,7 @@ class Sampler:
         available = _AVAILABLE[process.family]
         if name not in available:
             raise ValueError(
-                f"sampler {name!r} does not exist for the {process.family} family; "
-                f"available: {', '.join(available)}."
+                f"sampler {name!r} does not exist for the {process.family} family; available: {', '.join(available)}."
             )
         if not 1 <= num_steps <= process.num_train_timesteps:
             raise ValueError(f"num_steps={num_steps}; expected 1 ... {process.num_train_timesteps}.")

@@ -45,9 +45,7 @@ class Toy(pl.LightningModule):
 
     def on_validation_epoch_end(self):
         for logger in self.trainer.loggers:
-            logger.log_metrics(
-                {"val/loss": self.trainer.callback_metrics["val/loss"]}, self.trainer.global_step
-            )
+            logger.log_metrics({"val/loss": self.trainer.callback_metrics["val/loss"]}, self.trainer.global_step)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.model.parameters(), lr=0.05)
@@ -136,9 +134,7 @@ def train(root: Path, kill_at: int | None = None, accumulate: int = 1, resume: b
     """Run to the end, or to the kill; in a process of its own."""
     torch.set_num_threads(1)
     last = Path(root, "checkpoints", "last.ckpt")
-    trainer = trainer_of(
-        root, BestCheckpoint(), Checkpoint(SAVE_EVERY), KillAt(kill_at), accumulate=accumulate
-    )
+    trainer = trainer_of(root, BestCheckpoint(), Checkpoint(SAVE_EVERY), KillAt(kill_at), accumulate=accumulate)
     ckpt_path = str(last) if resume and last.exists() else None
     trainer.fit(Toy(), ToyData(), ckpt_path=ckpt_path, weights_only=True)
 
@@ -286,9 +282,7 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path) -> N
         for max_steps in limits:
             last = tmp_path / name / "checkpoints" / "last.ckpt"
             ckpt_path = str(last) if last.exists() else None
-            trainer = trainer_of(
-                tmp_path / name, BestCheckpoint(), Checkpoint(SAVE_EVERY), max_steps=max_steps
-            )
+            trainer = trainer_of(tmp_path / name, BestCheckpoint(), Checkpoint(SAVE_EVERY), max_steps=max_steps)
             trainer.fit(Toy(), ToyData(), ckpt_path=ckpt_path)
     states = [load(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts")]
     assert_same_state(*states)

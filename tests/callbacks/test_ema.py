@@ -13,9 +13,7 @@ from tfusion.callbacks.ema import EMA
 
 def module_of(weight: float, average: float | None) -> SimpleNamespace:
     """What the callback sees of a LightningModule."""
-    models = [
-        None if value is None else torch.nn.Linear(2, 1, bias=False).double() for value in (weight, average)
-    ]
+    models = [None if value is None else torch.nn.Linear(2, 1, bias=False).double() for value in (weight, average)]
     for model, value in zip(models, (weight, average), strict=True):
         if model is not None:
             torch.nn.init.constant_(model.weight, value)
@@ -83,8 +81,6 @@ def test_runs_before_checkpoints_whatever_their_order() -> None:
     """A checkpoint holds the average of its own step: Lightning moves checkpoint callbacks to the end."""
     from tfusion.callbacks.checkpoint import Checkpoint
 
-    trainer = pl.Trainer(
-        callbacks=[Checkpoint(), EMA()], logger=False, accelerator="cpu", enable_progress_bar=False
-    )
+    trainer = pl.Trainer(callbacks=[Checkpoint(), EMA()], logger=False, accelerator="cpu", enable_progress_bar=False)
     names = [type(callback).__name__ for callback in trainer.callbacks]
     assert names.index("EMA") < names.index("Checkpoint")

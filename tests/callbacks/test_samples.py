@@ -103,8 +103,7 @@ def _contains(sheet: Image.Image, color: tuple[int, int, int], side: int) -> boo
     same = (np.asarray(sheet) == color).all(-1).astype(np.int64).cumsum(0).cumsum(1)
     same = np.pad(same, ((1, 0), (1, 0)))
     return bool(
-        (same[side:, side:] - same[:-side, side:] - same[side:, :-side] + same[:-side, :-side]).max()
-        == side**2
+        (same[side:, side:] - same[:-side, side:] - same[side:, :-side] + same[:-side, :-side]).max() == side**2
     )
 
 
@@ -176,9 +175,7 @@ def test_weights_and_biases_like_loggers_get_the_picture() -> None:
     calls = []
     wandb = SimpleNamespace(experiment=object(), log_image=lambda *a, **k: calls.append((a, k)))
     image = np.zeros((2, 2, 3), np.uint8)
-    log_image(
-        SimpleNamespace(loggers=[wandb, SimpleNamespace(experiment=None)], global_step=7), "samples", image
-    )
+    log_image(SimpleNamespace(loggers=[wandb, SimpleNamespace(experiment=None)], global_step=7), "samples", image)
     assert calls == [(("samples", [image]), {"step": 7})]
 
 
@@ -227,9 +224,7 @@ def test_sheet_shows_every_kind(tmp_path: Path) -> None:
     assert _contains(sheet, (255, 0, 0), 96)
     assert _contains(sheet, (0, 0, 255), 96)
     assert draw_sheet(REQUESTS, [], "title").height > 0
-    without, attributed = (
-        draw_sheet(REQUESTS, both, "t", attribution=a) for a in ("", attribution_of(Data()))
-    )
+    without, attributed = (draw_sheet(REQUESTS, both, "t", attribution=a) for a in ("", attribution_of(Data())))
     assert attributed.height > without.height
     assert attribution_of(Data()) == "Drawn by nobody, CC0"
     assert attribution_of(None) == ""

@@ -134,9 +134,7 @@ def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_has_no_merged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _predict(tmp_path)
-    monkeypatch.setattr(
-        Module, "predict_step", lambda self, batch, batch_idx: 1 / (2 - batch[0][0]) and _samples(0)
-    )
+    monkeypatch.setattr(Module, "predict_step", lambda self, batch, batch_idx: 1 / (2 - batch[0][0]) and _samples(0))
     with pytest.raises(ZeroDivisionError):
         _predict(tmp_path)
     assert not (tmp_path / "predictions" / "predictions.jsonl").exists()
@@ -169,9 +167,7 @@ def test_the_sheet_holds_the_first_64(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         Module,
         "predict_step",
-        lambda self, batch, batch_idx: [
-            Generation(0, k, (Image.new("RGB", (96, 96), "red"),)) for k in range(70)
-        ],
+        lambda self, batch, batch_idx: [Generation(0, k, (Image.new("RGB", (96, 96), "red"),)) for k in range(70)],
     )
     _predict(tmp_path, (0,))
     assert len(_lines(tmp_path)) == 70

@@ -81,9 +81,7 @@ def test_openmoji_splits_divide_the_pictures_in_hash_order():
     assert sorted(sum(loaded.values(), [])) == sorted(emoji_names())
     for split, keys in loaded.items():
         assert {split_of(key) for key in keys} == {split}
-        assert keys == sorted(
-            keys, key=lambda key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-        )
+        assert keys == sorted(keys, key=lambda key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
 
 
 def test_openmoji_limit_is_a_prefix_of_train_and_leaves_the_rest():

@@ -98,14 +98,18 @@ def test_sizes_that_do_not_fit_the_model_are_refused(tiny_data, tiny_module, att
 
 def test_image_documents_longer_than_a_row_are_refused_at_the_start(tiny_data, tiny_module, attached) -> None:
     long = corpus("long", captioned("short", "x" * 57), image_size=8)
-    with pytest.raises(ValueError, match="an image document takes 65 positions, data.seq_len is 64: raise.*at least 65"):
+    with pytest.raises(
+        ValueError, match="an image document takes 65 positions, data.seq_len is 64: raise.*at least 65"
+    ):
         attached(tiny_data(image_corpora=[long], caption_drop=0.0), tiny_module())
     fits = corpus("fits", captioned("short", "x" * 56), image_size=8)
     attached(tiny_data(image_corpora=[fits], caption_drop=0.0), tiny_module())
 
 
 def test_slots_that_cannot_hold_the_share_are_refused(tiny_data, tiny_module, attached) -> None:
-    with pytest.raises(ValueError, match=r"max_images_per_row 1 fills about \d+% of a row, data.image_share asks for 90%"):
+    with pytest.raises(
+        ValueError, match=r"max_images_per_row 1 fills about \d+% of a row, data.image_share asks for 90%"
+    ):
         attached(tiny_data(max_images_per_row=1, image_share=0.9), tiny_module())
 
 

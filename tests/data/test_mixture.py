@@ -135,7 +135,15 @@ def test_images_are_never_cut_nor_over_the_slots(make_mixture) -> None:
 
 def test_cut_text_keeps_everything_and_cuts_at_line_ends() -> None:
     lines = [f"line {n} é\n" * (n % 4) + "\n" * (n % 3) for n in range(60)]
-    for text in ("", "\n", "no end", "x" * 500 + "\ny", "a\r\nb\r\n\r\nc", "".join(lines), "".join(lines) + "tail"):
+    for text in (
+        "",
+        "\n",
+        "no end",
+        "x" * 500 + "\ny",
+        "a\r\nb\r\n\r\nc",
+        "".join(lines),
+        "".join(lines) + "tail",
+    ):
         for most in (1, 7, 64, 10_000):
             pieces = cut_text(text, most)
             assert "".join(pieces) == text
@@ -222,7 +230,11 @@ def test_shares_of_caption_first_and_drop(byte_tokenizer, pictures) -> None:
 
 
 def test_shares_at_their_ends(byte_tokenizer, pictures) -> None:
-    for shares, kind in (((1.0, 0.0, 1.0), (False, True)), ((0.0, 1.0, 1.0), (True, False)), ((1.0, 1.0, 1.0), (True,))):
+    for shares, kind in (
+        ((1.0, 0.0, 1.0), (False, True)),
+        ((0.0, 1.0, 1.0), (True, False)),
+        ((1.0, 1.0, 1.0), (True,)),
+    ):
         documents = CaptionedDocuments(pictures.load("train"), byte_tokenizer, 0, *shares)
         for epoch in range(20):
             elements = documents.get(epoch, 3).elements

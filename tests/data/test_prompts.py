@@ -41,9 +41,7 @@ def test_lines_become_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     path = _write(folder, lines)
     monkeypatch.chdir("/")  # image paths are relative to the file, not to where one stands
     first, second = read_prompts(path, DEFAULTS)
-    assert first == Request(
-        ("red\u2028heart",), "image", 3, 5, GenerationConfig(num_inference_steps=7, top_k=9)
-    )
+    assert first == Request(("red\u2028heart",), "image", 3, 5, GenerationConfig(num_inference_steps=7, top_k=9))
     image, text = second.segments
     assert text == "is"
     assert image.mode == "RGB"

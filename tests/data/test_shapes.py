@@ -159,9 +159,7 @@ def test_objects_keep_apart_and_lie_as_the_caption_says():
             continue
         parts = {}
         for group in (scene.first, scene.second):
-            parts[group] = [
-                o for o in objects if (o.side, o.color, o.shape) == (SIDES[group.size], *group.kind[1:])
-            ]
+            parts[group] = [o for o in objects if (o.side, o.color, o.shape) == (SIDES[group.size], *group.kind[1:])]
             assert len(parts[group]) == group.count
         for one, two in itertools.product(parts[scene.first], parts[scene.second]):
             signed = {"left of": two.x - one.x, "right of": one.x - two.x}

@@ -67,7 +67,15 @@ def test_contents_are_the_same_for_every_layout(mixture) -> None:
     expected = contents(mixture)
     assert set(expected) == {(step, row) for step in range(STEPS) for row in range(ROWS)}
     assert len(set(expected.values())) == STEPS * ROWS
-    for micro_batches, ranks, workers in [(1, 1, 2), (1, 2, 0), (2, 1, 0), (2, 2, 0), (2, 2, 2), (4, 1, 1), (1, 4, 0)]:
+    for micro_batches, ranks, workers in [
+        (1, 1, 2),
+        (1, 2, 0),
+        (2, 1, 0),
+        (2, 2, 0),
+        (2, 2, 2),
+        (4, 1, 1),
+        (1, 4, 0),
+    ]:
         assert contents(mixture, micro_batches, ranks, workers) == expected, (micro_batches, ranks, workers)
 
 
@@ -129,7 +137,9 @@ def test_slots_divide_the_rows_contiguously() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "micro", "ranks"), [(4, 3, 1), (1, 2, 1), (7, 2, 2), (10, 4, 1), (5, 8, 2), (0, 1, 1)])
+@pytest.mark.parametrize(
+    ("rows", "micro", "ranks"), [(4, 3, 1), (1, 2, 1), (7, 2, 2), (10, 4, 1), (5, 8, 2), (0, 1, 1)]
+)
 def test_undivided_rows_are_refused_with_rows_that_fit(rows: int, micro: int, ranks: int) -> None:
     with pytest.raises(ValueError, match=f"rows_per_step {rows} .*{micro} micro-batches x {ranks} ranks") as error:
         StepLayout(rows, 8, micro, ranks)
@@ -150,6 +160,22 @@ def test_workers_that_do_not_divide_lanes_are_refused_with_workers_that_do(lanes
 
 def test_every_field_of_a_batch_is_compared() -> None:
     """A field added to Batch must be added to `row_digests`."""
-    compared = {"token_ids", "document_ids", "image_ids", "position_ids", "hidden", "text_positions", "text_labels"}
-    compared |= {"image_valid", "image_rows", "image_starts", "noise_limits", "time_uniforms", "noise", "images"}
+    compared = {
+        "token_ids",
+        "document_ids",
+        "image_ids",
+        "position_ids",
+        "hidden",
+        "text_positions",
+        "text_labels",
+    }
+    compared |= {
+        "image_valid",
+        "image_rows",
+        "image_starts",
+        "noise_limits",
+        "time_uniforms",
+        "noise",
+        "images",
+    }
     assert {f.name for f in dataclasses.fields(Batch)} - compared == {"latents", "step_counts", "position"}

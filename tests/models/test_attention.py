@@ -69,10 +69,7 @@ def dense(mask: BlockMask | Tensor, T: int) -> Tensor:
         return mask[:, 0]
     index = torch.arange(T)
     return torch.stack(
-        [
-            mask.mask_mod(torch.tensor(b), torch.tensor(0), index[:, None], index[None])
-            for b in range(mask.shape[0])
-        ]
+        [mask.mask_mod(torch.tensor(b), torch.tensor(0), index[:, None], index[None]) for b in range(mask.shape[0])]
     )
 
 
@@ -136,9 +133,7 @@ def test_sdpa_equals_the_loop_in_values_and_gradients(kind: str, heads: int, kv_
     assert ours.shape == (B, heads, T, 8)
     close(ours, naive)
     upstream = normal(*ours.shape, seed=9)
-    for a, b in zip(
-        torch.autograd.grad(ours, qkv, upstream), torch.autograd.grad(naive, qkv, upstream), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(ours, qkv, upstream), torch.autograd.grad(naive, qkv, upstream), strict=True):
         close(a, b)
 
 

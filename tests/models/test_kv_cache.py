@@ -95,9 +95,7 @@ def fill(trunk: Transformer, rows: list[int]) -> tuple[KVCache, list[list[Tensor
             continue  # alone, this row has nothing to write
         spans = [slice(at[n], at[n] + counts[row]) for n, row in enumerate(rows)]
         x = [normal(T, D, seed=row)[span] for row, span in zip(rows, spans, strict=True)]
-        outputs.append(
-            step(trunk, cache, x, [ROWS[row][span] for row, span in zip(rows, spans, strict=True)])
-        )
+        outputs.append(step(trunk, cache, x, [ROWS[row][span] for row, span in zip(rows, spans, strict=True)]))
         at = [span.stop for span in spans]
     return cache, outputs
 
@@ -151,10 +149,7 @@ def test_clean_image_is_written_after_denoising_and_text_goes_on(trunk: Transfor
     )
     new = [normal(8, D, seed=60 + row) for row in range(2)]
     out = step(trunk, cache, [x[:5] for x in new], [[n] * 5 for n in lengths])
-    out = [
-        torch.cat(pair)
-        for pair in zip(out, step(trunk, cache, [x[5:] for x in new], [[-1] * 3] * 2), strict=True)
-    ]
+    out = [torch.cat(pair) for pair in zip(out, step(trunk, cache, [x[5:] for x in new], [[-1] * 3] * 2), strict=True)]
     for row, n in enumerate(lengths):
         whole = full(trunk, torch.cat([normal(T, D)[:n], new[row]]), IMAGES[:n] + [n] * 5 + [-1] * 3)
         close(out[row], whole[n:])

@@ -44,9 +44,7 @@ def test_raster_order(latent_shape: tuple[int, int, int], k: int) -> None:
     for top in range(0, h, k):
         for left in range(0, w, k):
             for image in range(2):
-                window = [
-                    x[image, c, top + i, left + j] for c in range(C) for i in range(k) for j in range(k)
-                ]
+                window = [x[image, c, top + i, left + j] for c in range(C) for i in range(k) for j in range(k)]
                 assert patches[image, p].tolist() == [float(value) for value in window]
             p += 1
     assert p == num_patches(latent_shape, k) == patches.shape[1]
@@ -56,13 +54,9 @@ def test_raster_order(latent_shape: tuple[int, int, int], k: int) -> None:
     ("latent_shape", "k", "divisor"),
     [((3, 8, 9), 2, 1), ((3, 9, 6), 2, 3), ((8, 32, 32), 3, 32), ((3, 4, 4), 8, 4)],
 )
-def test_a_patch_that_does_not_divide_is_refused(
-    latent_shape: tuple[int, int, int], k: int, divisor: int
-) -> None:
+def test_a_patch_that_does_not_divide_is_refused(latent_shape: tuple[int, int, int], k: int, divisor: int) -> None:
     size = f"{latent_shape[1]} x {latent_shape[2]}"
-    with pytest.raises(
-        ValueError, match=rf"patch_size {k} does not divide the latent size {size}.*such as {divisor}"
-    ):
+    with pytest.raises(ValueError, match=rf"patch_size {k} does not divide the latent size {size}.*such as {divisor}"):
         num_patches(latent_shape, k)
 
 
@@ -83,9 +77,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("latent_shape", "k"), SHAPES)
-def test_encoder_is_a_strided_convolution_plus_the_timestep(
-    latent_shape: tuple[int, int, int], k: int
-) -> None:
+def test_encoder_is_a_strided_convolution_plus_the_timestep(latent_shape: tuple[int, int, int], k: int) -> None:
     encoder = randomised(LinearPatchEncoder(latent_shape, k, 16))
     x_t, timesteps = normal(3, *latent_shape), torch.tensor([0.0, 17.5, 999.0]).double()
     kernel = encoder.proj.weight.view(16, latent_shape[0], k, k)

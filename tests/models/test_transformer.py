@@ -46,9 +46,7 @@ def like(theirs: torch.nn.Module, **options) -> Transformer:
             f"blocks.{n}.attention.qkv_proj.weight": torch.cat(qkv),
             f"blocks.{n}.attention.o_proj.weight": attention.o_proj.weight,
             f"blocks.{n}.feed_forward_norm.weight": layer.post_attention_layernorm.weight,
-            f"blocks.{n}.feed_forward.gate_up_proj.weight": torch.cat(
-                [mlp.gate_proj.weight, mlp.up_proj.weight]
-            ),
+            f"blocks.{n}.feed_forward.gate_up_proj.weight": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
             f"blocks.{n}.feed_forward.down_proj.weight": mlp.down_proj.weight,
         }
         if options.get("qk_norm"):
@@ -120,9 +118,7 @@ def test_rotation_is_complex_multiplication() -> None:
             for i in range(4):
                 angle = int(position_ids[b, t]) * 100.0 ** (-2 * i / 8)
                 for head in range(3):
-                    turned = complex(x[b, head, t, i], x[b, head, t, i + 4]) * complex(
-                        math.cos(angle), math.sin(angle)
-                    )
+                    turned = complex(x[b, head, t, i], x[b, head, t, i + 4]) * complex(math.cos(angle), math.sin(angle))
                     ours = complex(out[b, head, t, i], out[b, head, t, i + 4])
                     assert abs(ours - turned) < 1e-12
 
@@ -131,9 +127,7 @@ def double_trunk(**options) -> Transformer:
     trunk = Transformer(32, 3, 4, 2, max_seq_len=64, **options).double().requires_grad_(False)
     for i, parameter in enumerate(trunk.parameters()):
         if parameter.ndim == 2:
-            parameter.copy_(
-                normal(*parameter.shape, seed=i, dtype=torch.float64) * 2 / parameter.shape[1] ** 0.5
-            )
+            parameter.copy_(normal(*parameter.shape, seed=i, dtype=torch.float64) * 2 / parameter.shape[1] ** 0.5)
     trunk.rotary.fill_buffers()
     return trunk
 
@@ -154,9 +148,7 @@ def test_positions_restart_so_documents_packed_equal_each_alone() -> None:
     trunk, x = double_trunk(), normal(1, 9, 32, dtype=torch.float64)
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    mask = training_mask(
-        documents, torch.full_like(documents, -1), torch.zeros_like(documents, dtype=torch.bool)
-    )
+    mask = training_mask(documents, torch.full_like(documents, -1), torch.zeros_like(documents, dtype=torch.bool))
     packed = trunk(x, positions, mask)
     alone = [trunk(x[:, a:b], positions[:, a:b], causal(b - a)) for a, b in ((0, 4), (4, 9))]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-10, atol=1e-10)
@@ -215,9 +207,7 @@ def test_made_on_meta_and_materialised_whole() -> None:
         assert not tensor.is_meta, name
         assert tensor.isfinite().all(), name
         assert tensor.dtype == torch.float32, name
-    assert set(model.state_dict()) == {
-        name for name, _ in model.named_parameters()
-    }  # tables are in no checkpoint
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}  # tables are in no checkpoint
 
 
 def test_tables_are_right_after_materialising() -> None:
@@ -228,12 +218,8 @@ def test_tables_are_right_after_materialising() -> None:
     half, rotary = 8, model.transformer.rotary
     for t in (0, 1, 17, 31):
         angles = [t * 10_000 ** (-i / half) for i in range(half)]
-        torch.testing.assert_close(
-            rotary.cos[t], torch.tensor([math.cos(a) for a in angles]), rtol=1e-6, atol=1e-6
-        )
-        torch.testing.assert_close(
-            rotary.sin[t], torch.tensor([math.sin(a) for a in angles]), rtol=1e-6, atol=1e-6
-        )
+        torch.testing.assert_close(rotary.cos[t], torch.tensor([math.cos(a) for a in angles]), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rotary.sin[t], torch.tensor([math.sin(a) for a in angles]), rtol=1e-6, atol=1e-6)
     frequencies = torch.tensor([10_000 ** (-i / 128) for i in range(128)])
     torch.testing.assert_close(model.patch_encoder.timestep.frequencies, frequencies, rtol=1e-6, atol=0)
 

@@ -110,9 +110,7 @@ def test_equals_the_naive_forward_with_its_gradients(model: Transfusion) -> None
     ours = (logits * weights).sum() + (output * image_weights).sum()
     theirs = (all_logits[batch.text_positions] * weights).sum() + (outputs * image_weights).sum()
     parameters = list(model.parameters())
-    for a, b in zip(
-        torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
         close(a, b)
 
 
@@ -166,9 +164,7 @@ def test_loss_of_packed_rows_is_the_sum_over_separate_ones(model: Transfusion) -
         loss = token_nll(logits, batch.text_labels).sum() + 5 * errors.sum()
         sums.append([loss.detach().double(), *torch.autograd.grad(loss, list(model.parameters()))])
     for packed, separate in zip(*sums, strict=True):  # losses are in fp32
-        torch.testing.assert_close(
-            packed, separate, rtol=1e-5, atol=1e-5 * max(1.0, separate.abs().max().item())
-        )
+        torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5 * max(1.0, separate.abs().max().item()))
 
 
 # Leaks: what a perturbation changes, exactly.
@@ -185,9 +181,7 @@ def changed(model: Transfusion, perturb) -> tuple[set[tuple[int, int]], set[int]
     logits, output = model(batch, x_t, timesteps)
     new_logits, new_output = model(*perturb(batch, x_t.clone(), timesteps.clone()))
     positions = (logits != new_logits).any(1).nonzero()[:, 0]
-    slots = {
-        slot for slot in range(len(x_t)) if batch.image_valid[slot] and (output != new_output)[slot].any()
-    }
+    slots = {slot for slot in range(len(x_t)) if batch.image_valid[slot] and (output != new_output)[slot].any()}
     return {divmod(int(flat), T) for flat in positions}, slots
 
 
@@ -225,9 +219,7 @@ def test_a_token_changes_itself_and_what_follows(model: Transfusion, at, positio
         (K + 2, span(1, 19, 25), {K + 2}),  # another document's
     ],
 )
-def test_a_patch_changes_its_whole_image_and_what_follows(
-    model: Transfusion, slot, positions, slots, what
-) -> None:
+def test_a_patch_changes_its_whole_image_and_what_follows(model: Transfusion, slot, positions, slots, what) -> None:
     """Bidirectional inside: the last patch changes the first."""
 
     def perturb(batch, x_t, timesteps):

@@ -59,9 +59,7 @@ def test_declared_size_holds_when_the_corpus_supports_fewer_merges(tmp_path: Pat
     assert tokenizer.vocab_size == 1000
     assert tokenizer.encode("ab") == [5 + 256]  # the one merge there is
     assert tokenizer.decode([999, *tokenizer.encode("ab")]) == "ab"
-    assert TextTokenizer.train([], 261, tmp_path).encode("a") == TextTokenizer.train(
-        [""], 261, tmp_path
-    ).encode("a")
+    assert TextTokenizer.train([], 261, tmp_path).encode("a") == TextTokenizer.train([""], 261, tmp_path).encode("a")
 
 
 def test_invalid_utf8_is_replaced_and_wrong_ids_are_named(tokenizer: TextTokenizer) -> None:

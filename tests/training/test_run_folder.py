@@ -50,7 +50,10 @@ def test_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").touch()  # a run killed before its first checkpoint may start again
     run_folder.refuse_used_folder(tmp_path)
     checkpoint(tmp_path, "step=0000001.ckpt")
-    with pytest.raises(ValueError, match=r"step=0000001\.ckpt.*--ckpt_path last.*default_root_dir.*delete"):
+    with pytest.raises(ValueError, match=r"\(step=0000001\.ckpt\).*--ckpt_path /.*/step=0000001\.ckpt\), choose"):
+        run_folder.refuse_used_folder(tmp_path)
+    checkpoint(tmp_path, "last.ckpt")
+    with pytest.raises(ValueError, match=r"--ckpt_path last\), .*default_root_dir.*delete"):
         run_folder.refuse_used_folder(tmp_path)
 
 
@@ -69,9 +72,7 @@ time.sleep(60)
 
 
 def test_one_writer_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
-    )
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"another process \(pid 123\) is writing the run folder"):
@@ -87,9 +88,7 @@ def test_one_writer_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
     run_folder.lock(tmp_path)
     code = "import sys; from pathlib import Path; import fcntl\n"
     code += "file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / ".lock")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")], capture_output=True, text=True)
     assert done.returncode == 1
     assert "BlockingIOError" in done.stderr
 
@@ -99,9 +98,7 @@ def test_writes_floats_exactly(tmp_path: Path) -> None:
     value, single = 0.1 + 0.2, torch.tensor(1 / 3)
     logger.log_metrics({"a": value, "b": single, "c": np.float32(0.1), "d": 3, "e": math.nan}, step=1)
     text = (tmp_path / "metrics.csv").read_text()
-    assert (
-        text == f"step,a,b,c,d,e\n1,0.30000000000000004,{single.item()!r},{float(np.float32(0.1))!r},3,nan\n"
-    )
+    assert text == f"step,a,b,c,d,e\n1,0.30000000000000004,{single.item()!r},{float(np.float32(0.1))!r},3,nan\n"
     assert float(text.splitlines()[1].split(",")[1]) == value
 
 

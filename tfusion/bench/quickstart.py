@@ -33,7 +33,9 @@ NUM_NAMES = 200
 
 def image_accuracy(module: TransfusionModule, pictures: list[CaptionedImage], num_names: int) -> float:
     """Share of names whose generated image is nearest to its own picture."""
-    requests = [{"segments": [p.captions[0]], "generate": "image", "seed": i} for i, p in enumerate(pictures[:num_names])]
+    requests = [
+        {"segments": [p.captions[0]], "generate": "image", "seed": i} for i, p in enumerate(pictures[:num_names])
+    ]
     made = [np.asarray(generation.segments[0]) for generation in module.generate(requests)]
     made = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).flatten(1).float()
     own = torch.stack([picture.image for picture in pictures]).flatten(1).float()

@@ -52,7 +52,9 @@ def main(args: list[str] | None = None) -> None:
         "one_group": round(float(np.mean([r for r, g in zip(right, groups, strict=True) if g == 1])), 4),
         "two_groups": round(float(np.mean([r for r, g in zip(right, groups, strict=True) if g == 2])), 4),
         "caption_accuracy": round(float(np.mean(same)), 4),
-        "reader_accuracy": float(np.mean([composition_correct(s.image, c) for s, c in zip(scenes, captions, strict=True)])),
+        "reader_accuracy": float(
+            np.mean([composition_correct(s.image, c) for s, c in zip(scenes, captions, strict=True)])
+        ),
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

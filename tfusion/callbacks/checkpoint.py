@@ -23,9 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint whole or not at all; Lightning's writer may copy across file systems."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO.save_checkpoint takes no storage_options")
         path = Path(path)

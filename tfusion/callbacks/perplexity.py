@@ -1,4 +1,4 @@
-"""Validation losses: perplexity and bits per byte of each view, diffusion loss, and `val/loss`, which `best` follows."""
+"""Validation losses: perplexity, bits per byte and diffusion loss of each view, and `val/loss`, which `best` follows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Perplexity(L.Callback):
         metrics["val/diffusion_loss"] = total / max(images, 1)
         weight = pl_module.diffusion_loss_weight
         metrics["val/loss"] = metrics["val/text_loss"] + weight * metrics["val/diffusion_loss"]
-        # Lightning would log at global_step - 1; callback_metrics still need its own way (`best` reads them)
-        pl_module.log_dict(metrics, logger=False, rank_zero_only=True, sync_dist=False)
+        # `best` reads them from here; only `validate` prints them: in `fit` Lightning would log at global_step - 1
+        pl_module.log_dict(metrics, logger=trainer.state.fn != "fit", sync_dist=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)

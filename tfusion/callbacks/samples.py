@@ -246,9 +246,7 @@ def wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width_px
             if line:
                 lines.append(line)
             while len(word) > 1 and font.getlength(word) > width_px:
-                fits = max(
-                    1, next(n for n in range(len(word) + 1) if font.getlength(word[: n + 1]) > width_px)
-                )
+                fits = max(1, next(n for n in range(len(word) + 1) if font.getlength(word[: n + 1]) > width_px))
                 lines.append(word[:fits])
                 word = word[fits:]
             line = word

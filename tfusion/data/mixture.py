@@ -33,9 +33,7 @@ class TextPieces(Sequence[Document]):
 
     def __init__(self, texts: Sequence[str], tokenizer: TextTokenizer, max_bytes: int) -> None:
         self.tokenizer = tokenizer
-        self.pieces = [
-            (text, piece) for text, document in enumerate(texts) for piece in cut_text(document, max_bytes)
-        ]
+        self.pieces = [(text, piece) for text, document in enumerate(texts) for piece in cut_text(document, max_bytes)]
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -210,7 +208,9 @@ class Stream:
                 self._pending[taken] = document
                 return document
             length = document.length(self.mixture.shape.num_patches)
-            logger.warning("skipped an image document of %d positions: rows have %d", length, self.mixture.shape.seq_len)
+            logger.warning(
+                "skipped an image document of %d positions: rows have %d", length, self.mixture.shape.seq_len
+            )
             self.position = dataclasses.replace(self.position, images=taken + 1)
         raise ValueError("1000 image documents in a row are longer than seq_len: raise seq_len or shorten the captions")
 

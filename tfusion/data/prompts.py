@@ -43,10 +43,6 @@ def _parse_json(line: bytes) -> object:
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8 text (byte {error.start + 1} of the line); save the file as UTF-8"
-        ) from error
+        raise ValueError(f"not UTF-8 text (byte {error.start + 1} of the line); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not JSON ({error.msg}, column {error.colno}); expected one object a line"
-        ) from error
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno}); expected one object a line") from error

@@ -260,9 +260,7 @@ def coverage(shape: str, x: float, y: float, side: float, size: tuple[int, int])
         outside = np.maximum((2 * right - down - half) / np.sqrt(5), down - half)
     elif shape == "cross":
         arm = half / 3
-        outside = np.minimum(
-            np.maximum(right - arm, abs(down) - half), np.maximum(right - half, abs(down) - arm)
-        )
+        outside = np.minimum(np.maximum(right - arm, abs(down) - half), np.maximum(right - half, abs(down) - arm))
     else:
         raise ValueError(f"got shape {shape!r}, expected one of {SHAPES}")
     return np.clip(0.5 - outside, 0.0, 1.0)

@@ -90,9 +90,7 @@ def _find_objects(image: np.ndarray) -> list[_Object] | None:
     return objects
 
 
-def _identify(
-    ink: np.ndarray, mine: np.ndarray, window: tuple[slice, slice], inks: np.ndarray
-) -> _Object | None:
+def _identify(ink: np.ndarray, mine: np.ndarray, window: tuple[slice, slice], inks: np.ndarray) -> _Object | None:
     """Name the one object in `mine`, (H, W) bool, in `window`; `ink` is (3, H, W), `inks` (colours, 3)."""
     size = mine.shape[0]
     ink, mine = ink[(slice(None), *window)], mine[window]

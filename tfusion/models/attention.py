@@ -48,9 +48,7 @@ def backend_for(device_type: str) -> Backend:
     return backend
 
 
-def training_mask(
-    document_ids: Tensor, image_ids: Tensor, hidden: Tensor, backend: Backend | None = None
-) -> Mask:
+def training_mask(document_ids: Tensor, image_ids: Tensor, hidden: Tensor, backend: Backend | None = None) -> Mask:
     """The mask of packed rows, made once a batch and used by every layer.
 
     Args:

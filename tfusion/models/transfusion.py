@@ -66,7 +66,15 @@ class Transfusion(nn.Module):
             self.embedding = nn.Embedding(vocab_size, dim)
             self.patch_encoder = LinearPatchEncoder(latent_shape, patch_size, dim)
             self.transformer = Transformer(
-                dim, num_layers, num_heads, num_kv_heads, hidden_dim, max_seq_len, qk_norm, rope_theta, norm_eps
+                dim,
+                num_layers,
+                num_heads,
+                num_kv_heads,
+                hidden_dim,
+                max_seq_len,
+                qk_norm,
+                rope_theta,
+                norm_eps,
             )
             self.text_head = nn.Linear(dim, vocab_size, bias=False)
             self.patch_decoder = LinearPatchDecoder(latent_shape, patch_size, dim)
@@ -104,7 +112,13 @@ class Transfusion(nn.Module):
         weight = self.embedding.weight
         trunk = self.transformer
         return KVCache(
-            len(trunk.blocks), num_rows, trunk.num_kv_heads, trunk.head_dim, capacity, weight.device, weight.dtype
+            len(trunk.blocks),
+            num_rows,
+            trunk.num_kv_heads,
+            trunk.head_dim,
+            capacity,
+            weight.device,
+            weight.dtype,
         )
 
     def materialize(self, device: torch.device | str, seed: int) -> Transfusion:

@@ -100,9 +100,7 @@ class VAETokenizer(ImageTokenizer):
         shift = self.config.get("latents_mean") or self.config.get("shift_factor") or 0.0
         std = self.config.get("latents_std") or 1.0
         self._shift = torch.tensor(shift, dtype=torch.float32).expand(channels).reshape(1, channels, 1, 1)
-        self._scale = self.config["scaling_factor"] / torch.tensor(std).expand(channels).reshape(
-            1, channels, 1, 1
-        )
+        self._scale = self.config["scaling_factor"] / torch.tensor(std).expand(channels).reshape(1, channels, 1, 1)
         self._vae: torch.nn.Module | None = None
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -127,12 +125,7 @@ class VAETokenizer(ImageTokenizer):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Mode of the posterior, normalised, float32."""
-        if (
-            images.ndim != 4
-            or images.shape[1] != 3
-            or images.shape[2] % self.factor
-            or images.shape[3] % self.factor
-        ):
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise ValueError(
                 f"got images of shape {tuple(images.shape)}, expected (I, 3, H, W) "
                 f"with H and W multiples of {self.factor}"
@@ -182,13 +175,9 @@ def _load_config(path: str, subfolder: str | None) -> dict[str, Any]:
         ) from error
     kind = config.get("_class_name")
     if kind != "AutoencoderKL":
-        raise ValueError(
-            f"{str(folder)!r} holds a {kind}, expected an AutoencoderKL (see _class_name in config.json)"
-        )
+        raise ValueError(f"{str(folder)!r} holds a {kind}, expected an AutoencoderKL (see _class_name in config.json)")
     # What an older config does not say is the constructor's default, as when the weights are loaded.
-    defaults = {
-        name: argument.default for name, argument in inspect.signature(AutoencoderKL).parameters.items()
-    }
+    defaults = {name: argument.default for name, argument in inspect.signature(AutoencoderKL).parameters.items()}
     config = defaults | AutoencoderKL.extract_init_dict(config)[0]
     if config["in_channels"] != 3 or config["out_channels"] != 3:
         raise ValueError(f"{str(folder)!r} works on {config['in_channels']} image channels, expected 3 (RGB)")

@@ -47,9 +47,7 @@ class TextTokenizer:
         used = NUM_SPECIAL_IDS + 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.vocab_size = used if vocab_size is None else vocab_size
         if self.vocab_size < used:
-            raise ValueError(
-                f"vocab_size {vocab_size} is declared for a tokenizer of {used} ids; give at least {used}"
-            )
+            raise ValueError(f"vocab_size {vocab_size} is declared for a tokenizer of {used} ids; give at least {used}")
         self._tokenizer = tokenizer
 
     @classmethod

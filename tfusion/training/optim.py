@@ -18,9 +18,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw(
-    groups: Iterable[dict], lr: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
+def adamw(groups: Iterable[dict], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     """One kernel for all parameters."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

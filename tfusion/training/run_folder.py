@@ -45,9 +45,11 @@ def refuse_used_folder(root: Path) -> None:
     """Raise ValueError where a fresh `fit` would run over the checkpoints of an earlier one."""
     used = sorted(path.name for path in (root / "checkpoints").glob("*.ckpt"))
     if used:
+        # A run killed early may have only best.ckpt, or a first file that `last` does not name yet.
+        newest = "last" if "last.ckpt" in used else root / "checkpoints" / used[-1]
         raise ValueError(
             f"the run folder {root} holds checkpoints ({', '.join(used)}) and no --ckpt_path was given; "
-            "go on with that run (--ckpt_path last), choose another folder (--trainer.default_root_dir), "
+            f"go on with that run (--ckpt_path {newest}), choose another folder (--trainer.default_root_dir), "
             "or delete this one"
         )
 
@@ -183,11 +185,7 @@ class MetricsLogger(Logger):
             lines = [line for line in file if line.endswith("\n")]
         header, *rows = list(csv.reader(lines)) or [[]]
         self._columns = header + [name for name in self._columns if name not in header]
-        return [
-            dict(zip(header, row, strict=True))
-            for row in rows
-            if len(row) == len(header) and _is_step(row[0])
-        ]
+        return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header) and _is_step(row[0])]
 
     def _rewrite(self, rows: Iterable[Mapping[str, str]]) -> None:
         rows = sorted(rows, key=lambda row: int(row["step"]))  # stable

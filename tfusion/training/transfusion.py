@@ -79,7 +79,12 @@ class TransfusionModule(L.LightningModule):
         self.image_tokenizer = image_tokenizer or PixelTokenizer()  # a plain class: never in a checkpoint
         pixels = isinstance(self.image_tokenizer, PixelTokenizer)
         self.process = NoiseProcess(
-            noise_scheduler, prediction_type, timestep_sampling, logit_mean, logit_std, latents_are_pixels=pixels
+            noise_scheduler,
+            prediction_type,
+            timestep_sampling,
+            logit_mean,
+            logit_std,
+            latents_are_pixels=pixels,
         )
         self.diffusion_loss_weight = diffusion_loss_weight
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
@@ -160,16 +165,16 @@ class TransfusionModule(L.LightningModule):
         return self.image_tokenizer.encode(batch.images.float() / 127.5 - 1)
 
     @torch.no_grad()
-    def _add_to_step(
-        self, batch: Batch, batch_idx: int, losses: Tensor, errors: Tensor, timesteps: Tensor
-    ) -> None:
+    def _add_to_step(self, batch: Batch, batch_idx: int, losses: Tensor, errors: Tensor, timesteps: Tensor) -> None:
         """Add to what a logging step reports, on the device: see `step_metrics` for the layout."""
         quarter = (timesteps / self.process.num_train_timesteps * NUM_QUARTERS).long().clamp(max=NUM_QUARTERS - 1)
         by_quarter = errors.new_zeros(2, NUM_QUARTERS)
         noised = batch.image_valid & (batch.noise_limits > 0)
         by_quarter.index_add_(1, quarter, torch.stack([errors, noised.float()]))
         used = (batch.document_ids >= 0).float()
-        data = torch.stack([used.sum(), batch.image_valid.sum().float(), torch.tensor(used.numel(), device=used.device)])
+        data = torch.stack(
+            [used.sum(), batch.image_valid.sum().float(), torch.tensor(used.numel(), device=used.device)]
+        )
         sums = torch.cat([losses.detach(), data, by_quarter.flatten()])
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums

@@ -1,0 +1,186 @@
+"""Perplexity, bits per byte and diffusion loss against explicit loops and torchmetrics, alone and in validation."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from torchmetrics.text import Perplexity as TorchmetricsPerplexity
+
+from tfusion.callbacks.perplexity import Perplexity
+from tfusion.losses import token_nll
+from tfusion.metrics import DiffusionLoss, TextLoss, token_bytes
+from tfusion.sequence import BOI_ID, EOS_ID, IGNORE_INDEX
+from tfusion.tokenizers import TextTokenizer
+
+VOCAB = 40
+
+
+def batches(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(logits (N, V), labels (N,)) with some labels ignored."""
+    draws = torch.Generator().manual_seed(0)
+    made = []
+    for n in range(count):
+        logits = 3 * torch.randn(50 + n, VOCAB, generator=draws)
+        labels = torch.randint(5, VOCAB, (50 + n,), generator=draws)
+        labels[torch.rand(50 + n, generator=draws) < 0.2] = IGNORE_INDEX
+        made.append((logits, labels))
+    return made
+
+
+def test_text_loss_equals_loops_and_torchmetrics() -> None:
+    sizes = torch.arange(VOCAB).float() % 7
+    metric, theirs = TextLoss(sizes), TorchmetricsPerplexity(ignore_index=IGNORE_INDEX)
+    nats = tokens = size = 0.0
+    for logits, labels in batches():
+        metric.update(token_nll(logits, labels), labels, labels != IGNORE_INDEX)
+        theirs.update(logits[None], labels[None])
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+            if label != IGNORE_INDEX:
+                nats += math.log(sum(math.exp(x) for x in row)) - row[label]
+                tokens, size = tokens + 1, size + label % 7
+    values = metric.compute()
+    assert values["tokens"] == tokens
+    assert values["nll"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert values["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+    assert values["perplexity"] == pytest.approx(theirs.compute().item(), rel=1e-5)
+    assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+
+
+def test_only_counted_tokens_count_and_batches_do_not_matter() -> None:
+    (logits, labels), *_ = batches()
+    counted = labels > 20
+    one, many = TextLoss(torch.ones(VOCAB)), TextLoss(torch.ones(VOCAB))
+    one.update(token_nll(logits, labels), labels, counted)
+    for n in range(len(labels)):
+        many.update(token_nll(logits[n : n + 1], labels[n : n + 1]), labels[n : n + 1], counted[n : n + 1])
+    assert one.compute() == pytest.approx(many.compute(), rel=1e-12)
+    assert one.compute()["tokens"] == counted.sum()
+    mean = token_nll(logits, labels)[counted].double().mean().item()
+    assert one.compute()["nll"] == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_nothing_counted_and_hopeless_models_give_numbers() -> None:
+    metric = TextLoss(torch.ones(VOCAB))
+    assert metric.compute() == {"nll": 0, "perplexity": 1, "bits_per_byte": 0, "tokens": 0}
+    metric.update(torch.tensor([5000.0]), torch.tensor([7]), torch.tensor([True]))
+    assert math.isfinite(metric.compute()["perplexity"])
+    assert metric.compute()["nll"] == 5000
+    assert DiffusionLoss().compute() == 0
+
+
+def test_diffusion_loss_is_the_mean_over_counted_images() -> None:
+    metric = DiffusionLoss()
+    errors = torch.tensor([0.5, 2.0, 100.0, 1.0, 100.0])
+    metric.update(errors[:3], torch.tensor([True, True, False]))
+    metric.update(errors[3:], torch.tensor([True, False]))
+    assert metric.compute().item() == pytest.approx(3.5 / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("vocab_size", [261, 300, 400])
+def test_bytes_of_tokens_add_up_to_the_texts(vocab_size: int, texts, tmp_path) -> None:
+    corpus = [*texts.load("train"), "naïve 漢字 \U0001f642\t\x00 <eos>"]
+    tokenizer = TextTokenizer.train(corpus, vocab_size, tmp_path)
+    sizes = token_bytes(tokenizer)
+    assert sizes.shape == (vocab_size,)
+    assert sizes[:5].tolist() == [0] * 5
+    for text in corpus:
+        assert sizes[torch.tensor(tokenizer.encode(text), dtype=torch.long)].sum() == len(text.encode())
+
+
+def test_bytes_of_the_tokens_of_another_kind_of_tokenizer() -> None:
+    inner = Tokenizer(models.WordLevel({"ab": 0, "é": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    inner.normalizer, inner.decoder = normalizers.NFC(), decoders.Fuse()
+    assert token_bytes(TextTokenizer(inner)).tolist()[5:7] == [2, 2]
+
+
+# In validation
+
+
+@pytest.fixture
+def validated(tiny_module, tiny_data, tiny_trainer):
+    """Module, data and metrics after `trainer.validate`; the averaged weights are not the trained ones."""
+    module, data, callback = tiny_module(seed=2), tiny_data(val_rows=3), Perplexity()
+    trainer = tiny_trainer(10, limit_val_batches=1.0, callbacks=[callback])
+    module.materialize("cpu")
+    with torch.no_grad():
+        for parameter in module.ema_model.parameters():
+            parameter.mul_(1.5)
+    metrics = {}
+    module.log_dict = lambda values, **_: metrics.update(values)
+    trainer.validate(module, data, verbose=False)
+    return module, data, metrics
+
+
+def test_validation_equals_loops_over_the_evaluation_weights(validated) -> None:
+    """Text: tokens and EOS; a caption alone: tokens; a caption of a given image: tokens and EOS. Never BOI."""
+    module, data, metrics = validated
+    all_nats = all_tokens = errors = images = 0.0
+    for view, loader in zip(data.val_views, data.val_dataloader(), strict=True):
+        nats = tokens = size = 0.0
+        for batch in loader:
+            x_0 = batch.images.float() / 127.5 - 1
+            clean = batch.noise_limits == 0
+            t = module.process.sample_timesteps(batch.time_uniforms, batch.noise_limits)
+            x_t = module.process.add_noise(x_0, batch.noise, t, clean)
+            with torch.no_grad():
+                logits, output = module.ema_model(batch, x_t, t)
+            for row, label in zip(logits.log_softmax(-1), batch.text_labels.tolist(), strict=True):
+                if label == IGNORE_INDEX or label == BOI_ID or (label == EOS_ID and view == "tiles"):
+                    continue
+                nats, tokens, size = (
+                    nats - row[label].item(),
+                    tokens + 1,
+                    size + (label != EOS_ID),
+                )  # a byte an id
+            for slot in range(len(clean)):
+                if batch.image_valid[slot] and not clean[slot]:
+                    errors += (output[slot] - batch.noise[slot]).square().mean().item()
+                    images += 1
+        assert metrics[f"val/{view}/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+        assert metrics[f"val/{view}/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+        all_nats, all_tokens = all_nats + nats, all_tokens + tokens
+    assert images == 5
+    assert metrics["val/text_loss"] == pytest.approx(all_nats / all_tokens, rel=1e-5)
+    assert metrics["val/diffusion_loss"] == pytest.approx(errors / images, rel=1e-5)
+    assert metrics["val/tiles/diffusion_loss"] == metrics["val/diffusion_loss"]
+    assert "val/lines/diffusion_loss" not in metrics
+    assert "val/tiles/given_image/diffusion_loss" not in metrics
+    expected = metrics["val/text_loss"] + 5 * metrics["val/diffusion_loss"]
+    assert metrics["val/loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_bytes_of_a_text_view_are_those_of_its_texts(validated, tiny_data, texts) -> None:
+    _, _, metrics = validated
+    size = sum(len(text.encode()) for text in texts.load("val"))
+    tokens = size + len(texts.load("val"))  # a byte an id, and EOS
+    nats = math.log(metrics["val/lines/perplexity"]) * tokens
+    assert metrics["val/lines/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+
+
+def test_metrics_are_those_of_all_ranks(byte_tokenizer) -> None:
+    """Another rank's sums arrive through torchmetrics' gather; `val/loss`, which `best` follows, must hold them."""
+    callback, metrics = Perplexity(), {}
+    data = SimpleNamespace(tokenizer=byte_tokenizer, val_views=["tiles", "tiles/given_image"])
+    trainer = SimpleNamespace(datamodule=data, loggers=[], global_step=0)
+    module = SimpleNamespace(device="cpu", diffusion_loss_weight=5.0, log_dict=lambda v, **_: metrics.update(v))
+    callback.on_validation_epoch_start(trainer, module)
+    for metric in [*callback.text.values(), *callback.image.values()]:
+        metric.distributed_available_fn = lambda: True
+        metric.dist_sync_fn = lambda value, group=None: [
+            value,
+            value.new_tensor(4.0),
+        ]  # the other rank's sums
+    outputs = {"nll": torch.tensor([2.0, 2.0]), "labels": torch.tensor([65, 66])}
+    outputs |= {"errors": torch.tensor([3.0, 3.0]), "valid": torch.tensor([True, True])}
+    for number in range(2):
+        callback.on_validation_batch_end(trainer, module, outputs, None, 0, number)
+    callback.on_validation_epoch_end(trainer, module)
+    assert metrics["val/text_loss"] == pytest.approx(2 * (4 + 4) / (2 * (2 + 4)))
+    assert metrics["val/tiles/diffusion_loss"] == pytest.approx((6 + 4) / (2 + 4))
+    assert metrics["val/diffusion_loss"] == pytest.approx((6 + 4) / (2 + 4))
+    assert metrics["val/loss"] == pytest.approx(metrics["val/text_loss"] + 5 * (6 + 4) / (2 + 4))

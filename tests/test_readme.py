@@ -1,0 +1,93 @@
+"""The README's commands run as they stand (shortened by overrides), and its set-up commands are the promised ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+SHORT = (
+    "--trainer.max_steps 4 --trainer.val_check_interval 4 --data.max_val_images 20 "
+    "--model.init_args.generation.num_inference_steps 2 --model.init_args.generation.max_new_tokens 2 "
+    "--samples.num_images 2 --samples.num_captions 1"
+)
+
+
+def run(command: str, folder: Path) -> str:
+    """The command's output, from a folder with its own `runs/` and the repository's `configs/`."""
+    program, *arguments = shlex.split(command)
+    module = {"tfusion": ["-m", "tfusion"], "python": []}[program]
+    done = subprocess.run(
+        [sys.executable, *module, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("readme")
+    (path / "configs").symlink_to(ROOT / "configs")
+    return path
+
+
+def command(start: str) -> str:
+    [found] = [line for line in COMMANDS if line.startswith(start)]
+    return found
+
+
+def test_set_up_commands():
+    set_up = "python3 -m venv .venv && .venv/bin/pip install -e"
+    assert f"{set_up} . && .venv/bin/tfusion fit --config configs/quickstart.yaml" in COMMANDS
+    assert f"{set_up} '.[dev]' && .venv/bin/pytest" in COMMANDS
+
+
+@pytest.mark.slow
+def test_quickstart_commands(folder):
+    run(f"tfusion fit --config configs/quickstart.yaml {SHORT}", folder)
+    made = {path.name for path in (folder / "runs/quickstart").iterdir()}
+    assert {"config.yaml", "metrics.csv", "samples", "checkpoints"} <= made
+    assert "val/shakespeare/perplexity" in run(command("tfusion validate"), folder)
+    run(command("tfusion predict"), folder)
+    lines = (folder / "runs/quickstart/predictions/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 36
+    result = json.loads(run(command("python -m tfusion.bench.quickstart"), folder).splitlines()[-1])
+    assert set(result) == {
+        "train_s",
+        "images_in_use",
+        "image_accuracy",
+        "caption_accuracy",
+        "text_bits_per_byte",
+    }
+    resumed = command("tfusion fit --config runs/quickstart/config.yaml")
+    run(f"{resumed} --trainer.max_steps 5", folder)
+    python = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    (folder / "snippet.py").write_text(python, encoding="utf-8")
+    run("python snippet.py", folder)
+
+
+@pytest.mark.slow
+def test_shapes_commands(folder):
+    run(f"tfusion fit --config configs/shapes.yaml {SHORT}", folder)
+    result = json.loads(run(f"{command('python -m tfusion.bench.shapes')} --scenes 20", folder).splitlines()[-1])
+    assert result["reader_accuracy"] == 1.0
+    assert result["scenes"] == 20
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link

@@ -1,0 +1,112 @@
+"""The LightningModule: which weights are used where, what a checkpoint holds, and what a resume obeys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from tfusion.callbacks.ema import EMA
+from tfusion.requests import GenerationConfig
+from tfusion.tokenizers import VAETokenizer
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+        )
+    vae.save_pretrained(tmp_path / "vae")
+    return str(tmp_path / "vae")
+
+
+def test_frozen_autoencoder_trains_nothing_and_is_in_no_checkpoint(
+    tiny_module, tiny_data, tiny_trainer, vae_folder, tmp_path
+):
+    module = tiny_module(latent_shape=(4, 4, 4), image_tokenizer=VAETokenizer(vae_folder))
+    trainer = tiny_trainer(2)
+    trainer.fit(module, tiny_data())
+    trainer.save_checkpoint(tmp_path / "with_vae.ckpt")
+    saved = torch.load(tmp_path / "with_vae.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"model", "ema_model"}
+    assert set(saved["state_dict"]) == {
+        f"{kind}.{name}" for kind in ("model", "ema_model") for name, _ in module.model.named_parameters()
+    }
+    [generation] = module.generate([{"segments": ["red"], "generate": "image", "num_inference_steps": 2}])
+    assert generation.segments[0].size == (8, 8)
+
+
+def test_everything_but_training_uses_the_averaged_weights(tiny_module, tiny_data, tiny_trainer):
+    module = tiny_module(generation=GenerationConfig(num_inference_steps=2, max_new_tokens=4))
+    trainer = tiny_trainer(3, callbacks=[EMA(0.9)])
+    trainer.fit(module, tiny_data())
+    averaged, weights = list(module.ema_model.parameters()), list(module.model.parameters())
+    assert any(not torch.equal(a, w) for a, w in zip(averaged, weights, strict=True))
+    assert module.evaluation_model is module.ema_model
+    request = [{"segments": ["red"], "generate": "image"}]
+    picture = module.generate(request)[0].segments[0].tobytes()
+    for weight in weights:
+        weight.data.zero_()
+    assert module.generate(request)[0].segments[0].tobytes() == picture
+    for average in averaged:
+        average.data.zero_()
+    assert module.generate(request)[0].segments[0].tobytes() != picture
+
+
+def test_settings_of_the_command_line_act_on_a_resume(tiny_module, tiny_data, tiny_trainer, tmp_path):
+    trainer = tiny_trainer(2)
+    trainer.fit(tiny_module(lr=1e-2), tiny_data())
+    trainer.save_checkpoint(tmp_path / "at_2.ckpt")
+    module = tiny_module(lr=1e-4, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3, final_lr_share=1.0)
+    trainer = tiny_trainer(4)
+    trainer.fit(module, tiny_data(), ckpt_path=tmp_path / "at_2.ckpt", weights_only=True)
+    matrices, vectors = trainer.optimizers[0].param_groups
+    assert matrices["lr"] == vectors["lr"] == 1e-4
+    assert matrices["betas"] == (0.8, 0.9)
+    assert matrices["eps"] == 1e-6
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+
+
+def test_weights_of_another_model_are_refused(tiny_module, tiny_data, tiny_trainer, tmp_path):
+    trainer = tiny_trainer(1)
+    trainer.fit(tiny_module(), tiny_data())
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    with pytest.raises(ValueError, match=r"of another model: .*embedding.weight is \(261, 32\).*\(261, 64\)"):
+        tiny_trainer(2).fit(tiny_module(dim=64), tiny_data(), ckpt_path=tmp_path / "small.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"blocks.2.* is missing"):
+        tiny_trainer(2).fit(
+            tiny_module(num_layers=3), tiny_data(), ckpt_path=tmp_path / "small.ckpt", weights_only=True
+        )
+
+
+def test_bf16_mixed_is_close_to_fp32(tiny_module, tiny_data, tiny_trainer):
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        module = tiny_module()
+        tiny_trainer(5, precision=precision).fit(module, tiny_data())
+        losses[precision] = module.step_metrics()["train/loss"]
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=2e-2)
+    assert losses["bf16-mixed"] != losses["32-true"], "autocast did nothing"
+
+
+def test_step_metrics_are_the_means_over_the_step(tiny_module, tiny_data, tiny_trainer):
+    """Loss = text + 5 x diffusion; the quarters' means weighted by their counts give the whole."""
+    module = tiny_module()
+    tiny_trainer(3).fit(module, tiny_data(rows_per_step=16))
+    metrics = module.step_metrics()
+    assert metrics["train/loss"] == pytest.approx(metrics["train/text_loss"] + 5 * metrics["train/diffusion_loss"])
+    quarters, counts = module.step_sums[5:9], module.step_sums[9:13]
+    assert float(quarters.sum() / counts.sum()) == pytest.approx(metrics["train/diffusion_loss"], rel=1e-5)
+    assert metrics["train/utilization"] == 1.0
+
+
+def test_missing_max_steps_is_refused(tiny_module, tiny_data, tiny_trainer):
+    with pytest.raises(ValueError, match=r"trainer.max_steps is not set"):
+        tiny_trainer(-1).fit(tiny_module(), tiny_data())
