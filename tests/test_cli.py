@@ -14,6 +14,7 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,7 +204,12 @@ def test_a_resume_takes_the_command_line_and_leaves_config_yaml(copied: Path) ->
     root = copied / "run"
     before = (root / "config.yaml").read_bytes(), rows(root)
     run = ("--config", str(root / "config.yaml"), "--trainer.default_root_dir", "run")
-    code, output = tfusion(copied, "fit", *run, "--ckpt_path", "last", "--trainer.max_steps", "8", "--model.lr", "0.5")
+    # Lightning would take these over the command line's, without a word.
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] = {"lr": 1e-9, "_class_path": "tfusion.training.transfusion.TransfusionModule"}
+    torch.save(checkpoint, copied / "other.ckpt")
+    more = ("--ckpt_path", "other.ckpt", "--trainer.max_steps", "8", "--model.lr", "0.5")
+    code, output = tfusion(copied, "fit", *run, *more)
     assert code == 0, output
     assert (root / "config.yaml").read_bytes() == before[0]
     after = rows(root)
@@ -341,6 +347,25 @@ def test_a_logger_in_yaml_adds_to_the_run_folders_own(tmp_path: Path) -> None:
     assert len(list((tmp_path / "elsewhere").rglob("metrics.csv"))) == 1
     assert not list((tmp_path / "elsewhere").rglob("*.ckpt"))
     assert list((tmp_path / "run").glob("events*"))
+
+
+def test_a_terminated_run_says_so_and_can_go_on(tmp_path: Path) -> None:
+    config, last = str(write_config(tmp_path)), tmp_path / "run" / "checkpoints" / "last.ckpt"
+    context = multiprocessing.get_context("forkserver")
+    arguments = ["fit", "--config", config, "--trainer.max_steps", "100000"]
+    process = context.Process(target=command, args=(arguments, tmp_path, None, False))
+    process.start()
+    deadline_s = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    step = torch.load(last, weights_only=True)["global_step"]
+    more = ("--ckpt_path", "last", "--trainer.max_steps", str(step + 1))
+    code, output = tfusion(tmp_path, "fit", "--config", config, *more)
+    assert code == 0, output
+    assert rows(tmp_path / "run")[-1]["step"] == str(step + 1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from PIL import Image as PILImage
 from tfusion.callbacks.ema import EMA
 from tfusion.data.corpora import CaptionedImage
 
+STEPS = 400
 NAMES = ("sun", "frog", "sea", "rose", "night", "snow", "brick", "lime tree")
 
 
@@ -37,9 +38,6 @@ def trained(tiny_module, tiny_data, tiny_trainer):
     data = tiny_data(image_corpora=[EightPictures()], text_corpora=[], rows_per_step=8, caption_first=0.6)
     tiny_trainer(STEPS, callbacks=[EMA(0.98)]).fit(module, data)
     return module
-
-
-STEPS = 500
 
 
 def test_learns_pictures_and_names(trained) -> None:

@@ -84,7 +84,7 @@ def test_losses_of_bf16_are_taken_in_fp32() -> None:
     logits, output, target = (
         5 * normal(6, 7).bfloat16(),
         normal(2, 8, 9, 9).bfloat16(),
-        normal(2, 8, 9, 9, seed=1),
+        normal(2, 8, 9, 9, seed=1).bfloat16(),
     )
     nll = token_nll(logits, LABELS)
     errors = image_mse(output, target, torch.ones(2, dtype=torch.bool))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -19,7 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from tfusion.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, Checkpoint
 from tfusion.callbacks.ema import EMA
@@ -223,6 +224,8 @@ def main(args: list[str] | None = None) -> None:
             },
             args=args,
         )
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # Lightning's would say that all went well
     except Exception as error:
         refusals = [cause for cause in _chain(error) if _is_for_the_user(cause)]
         if os.environ.get("TFUSION_TRACEBACK") == "1" or not refusals:

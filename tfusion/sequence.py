@@ -29,7 +29,7 @@ IGNORE_INDEX = -100  # torch's: a label without loss
 LABEL_MULTIPLE = 256  # N is padded to a multiple of this, so it takes few values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Image:
     """An image element: `data` is uint8 (3, H, W), or float latents (C, h, w) from a cache.
 
@@ -40,7 +40,7 @@ class Image:
     noise_limit: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Document:
     """`[BOS] elements [EOS]`, or a part of one: `bos` / `eos` say which ends are there.
 
@@ -140,7 +140,7 @@ def pack(documents: Iterable[Document], shape: RowShape) -> Iterator[list[Docume
         if document.images and not Row(shape).fits(document):
             raise ValueError(
                 f"a document takes {document.length(shape.num_patches)} positions and {len(document.images)} images, "
-                f"but a row has {shape.seq_len} positions and {shape.max_images} image slots: raise seq_len"
+                f"but a row has {shape.seq_len} positions and {shape.max_images} slots: raise either"
             )
         rest: Document | None = document
         while rest is not None:
@@ -199,6 +199,7 @@ def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence
         seeds: what row b's generator is seeded by, such as (seed, global step, global row).
     """
     B, T, K = len(rows), shape.seq_len, shape.max_images
+    assert len(seeds) == B, "one seed a row"
     token_ids = np.full((B, T), PAD_ID, np.int64)
     labels = np.full((B, T), IGNORE_INDEX, np.int64)
     document_ids = np.full((B, T), -1, np.int64)
@@ -221,6 +222,11 @@ def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence
                 start = at + offset
                 image_ids[b, start : start + shape.num_patches] = slot
                 starts[slot], valid[slot], limits[slot] = start, True, image.noise_limit
+                if image.data.shape != pictures.shape[1:] or image.data.dtype != pictures.dtype:
+                    raise ValueError(
+                        f"an image is {image.data.dtype} {tuple(image.data.shape)}, rows of this run hold "
+                        f"{pictures.dtype} {tuple(pictures.shape[1:])}: convert the corpus's images"
+                    )
                 pictures[slot] = image.data
                 slot += 1
             at = end

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tfusion.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, Checkpoint
+from tfusion.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, Checkpoint, _link
 from tfusion.callbacks.ema import EMA
 from tfusion.training.run_folder import MetricsLogger
 
@@ -222,7 +222,7 @@ def test_killed_while_writing_a_file_leaves_the_one_before(tmp_path: Path) -> No
     folder = tmp_path / "checkpoints"
     assert load(folder / "last.ckpt")["global_step"] == SAVE_EVERY
     assert (folder / ".step=0000006.ckpt.tmp").exists()
-    trainer_of(tmp_path, Checkpoint(SAVE_EVERY)).fit(Toy(), ToyData(), ckpt_path=str(folder / "last.ckpt"))
+    trainer_of(tmp_path, Checkpoint(5)).fit(Toy(), ToyData(), ckpt_path=str(folder / "last.ckpt"))
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=0000012.ckpt"]
 
 
@@ -230,6 +230,35 @@ def test_an_exception_while_writing_leaves_no_temporary_file(tmp_path: Path) -> 
     with pytest.raises(AttributeError):  # a local function cannot be pickled
         AtomicCheckpointIO().save_checkpoint({"bad": lambda: None}, tmp_path / "new" / "a.ckpt")
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_last_names_a_whole_file_at_every_moment(tmp_path: Path) -> None:
+    """An exception at the n-th call inside stands for a kill there."""
+    for name in ("old", "new"):
+        (tmp_path / name).write_text(name)
+    _link(tmp_path / "last.ckpt", "old")
+    found = []
+    for stop_at in range(1, 1000):
+        count = 0
+
+        def stop(frame, event, argument):
+            nonlocal count
+            count += 1
+            if count == stop_at:  # noqa: B023 (called at once)
+                raise InterruptedError
+
+        sys.setprofile(stop)
+        try:
+            _link(tmp_path / "last.ckpt", "new")
+            sys.setprofile(None)
+        except InterruptedError:
+            pass
+        found.append((tmp_path / "last.ckpt").read_text())
+        if count < stop_at:
+            break
+    assert found[0] == "old"
+    assert found[-1] == "new"
+    assert sorted(found, reverse=True) == found  # old up to the rename, new from then on
 
 
 class Saves(Checkpoint):
@@ -252,6 +281,17 @@ def test_saves_whole_steps_only_also_right_after_a_resume(tmp_path: Path) -> Non
     last = str(tmp_path / "checkpoints" / "last.ckpt")
     trainer_of(tmp_path, second, accumulate=2, max_steps=10).fit(Toy(), ToyData(), ckpt_path=last)
     assert second.at == [(10, 19)]
+
+
+def test_what_was_loaded_is_not_saved_again(tmp_path: Path) -> None:
+    class StopAtOnce(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    trainer_of(tmp_path, Checkpoint(), max_steps=2).fit(Toy(), ToyData())
+    save, last = Saves(), str(tmp_path / "checkpoints" / "last.ckpt")
+    trainer_of(tmp_path, StopAtOnce(), save).fit(Toy(), ToyData(), ckpt_path=last)
+    assert save.at == []
 
 
 class Stop(pl.Callback):
@@ -311,6 +351,21 @@ def test_a_validation_that_is_due_comes_before_the_save(tmp_path: Path) -> None:
     assert lines == [(4, 6), (8, 11), (12, 16)]  # header, the steps' rows, and one more for each validation
 
 
+def test_log_rows_reach_the_disk_before_the_checkpoint_does(tmp_path: Path) -> None:
+    saved = []
+
+    class Saved(MetricsLogger):
+        def save(self):
+            rows = len(self.path.read_text().splitlines()) - 1 if self.path.exists() else 0
+            saved.append((rows, (tmp_path / "checkpoints").exists()))
+            super().save()
+
+    trainer = trainer_of(tmp_path, Checkpoint(), max_steps=2)
+    trainer.loggers = [Saved(tmp_path)]
+    trainer.fit(Toy(), ToyData())
+    assert (2, False) in saved  # both steps' rows, and no checkpoint yet
+
+
 def test_saves_without_any_validation(tmp_path: Path) -> None:
     trainer_of(tmp_path, BestCheckpoint(), Checkpoint(4), limit_val_batches=0).fit(Toy(), ToyData())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -321,7 +376,7 @@ def test_saves_without_any_validation(tmp_path: Path) -> None:
 
 def test_best_follows_the_monitored_metric(tmp_path: Path) -> None:
     class Scores(Toy):
-        scores = 3.0, float("nan"), 2.0, 2.5
+        scores = float("nan"), 3.0, 2.0, 2.5
 
         def validation_step(self, batch, batch_idx):
             step = self.trainer.global_step

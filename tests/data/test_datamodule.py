@@ -236,7 +236,9 @@ def test_validation_over_2_ranks_has_the_rows_of_1(tiny_data, tiny_module, attac
         views = []
         for loader in data.val_dataloader():
             slots = data.mixture.shape.max_images
-            views.append([(ids.tolist(), n) for b in loader for ids, n in zip(b.token_ids, b.noise.split(slots))])
+            views.append(
+                [(ids.tolist(), n) for b in loader for ids, n in zip(b.token_ids, b.noise.split(slots), strict=True)]
+            )
         return views
 
     for one, first, second in zip(rows(0, 1), rows(0, 2), rows(1, 2), strict=True):

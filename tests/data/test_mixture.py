@@ -177,6 +177,7 @@ def test_no_target_of_a_text_is_lost(make_mixture, byte_tokenizer, texts, stream
     emitted: dict[int, list[tuple[int, int]]] = {}
     for stream in range(streams):
         rows, _ = rows_of(mixture, stream, 800 // streams)
+        assert all(document.bos or document.elements[0] for row in rows for document in row), "a lone EOS"
         pairs = [pair for row in rows for pair in labelled_pairs(row, mixture.shape, of_texts=True)]
         at = 0
         for index in range(stream, len(pieces), streams):  # the stream's elements of epoch 0
@@ -190,7 +191,7 @@ def test_no_target_of_a_text_is_lost(make_mixture, byte_tokenizer, texts, stream
     whole = []
     for text in source:
         ids = [BOS_ID, *byte_tokenizer.encode(text), EOS_ID] if text else []
-        whole += zip(ids[:-1], ids[1:], strict=True)
+        whole += itertools.pairwise(ids)
     assert [pair for piece in range(len(pieces)) for pair in emitted[piece]] == whole
 
 
@@ -200,7 +201,7 @@ def test_pieces_are_a_function_of_their_place(make_mixture, byte_tokenizer) -> N
     documents = [pieces[n] for n in range(len(pieces))]
     assert [d.bos for d in documents] == [True, *[False] * (len(pieces) - 2), True]
     assert [d.eos for d in documents] == [*[False] * (len(pieces) - 2), True, True]
-    for document, following in zip(documents[:-2], documents[1:-1], strict=True):
+    for document, following in itertools.pairwise(documents[:-1]):
         assert document.next_id == following.elements[0][0]
     assert documents[-2].next_id is documents[-1].next_id is None
 

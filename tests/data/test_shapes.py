@@ -153,7 +153,7 @@ def test_objects_keep_apart_and_lie_as_the_caption_says():
         for one, two in itertools.combinations(objects, 2):
             gap = max(abs(one.x - two.x), abs(one.y - two.y)) - (one.side + two.side) / 2
             assert gap > 0.07
-        assert all(0 <= c - o.side / 2 and c + o.side / 2 <= 1 for o in objects for c in (o.x, o.y))
+        assert all(c - o.side / 2 >= 0 and c + o.side / 2 <= 1 for o in objects for c in (o.x, o.y))
         if scene.second is None:
             assert len(objects) == scene.first.count
             continue

@@ -116,7 +116,7 @@ def prefixes(trunk: Transformer, lengths: list[int]) -> KVCache:
     cache = make_cache(len(lengths))
     cache.keys.normal_(generator=torch.Generator().manual_seed(1)).mul_(100)
     cache.values.normal_(generator=torch.Generator().manual_seed(2)).mul_(100)
-    cache.image_ids.fill_(8)  # rubbish that would pass for the image of a row of length 8
+    cache.image_ids[:] = torch.tensor(lengths)[:, None]  # rubbish that would pass for an image written next
     step(trunk, cache, [normal(T, D)[:n] for n in lengths], [IMAGES[:n] for n in lengths])
     return cache
 
@@ -170,6 +170,7 @@ def test_select_is_a_copy_and_put_writes_back(trunk: Transformer) -> None:
     cache.put([2], chosen, [0])
     assert cache.row_lengths == [8, 2, 15] == cache.lengths.tolist()
     assert torch.equal(cache.keys[:, :2], before[:, :2])
+    assert torch.equal(cache.image_ids[2], chosen.image_ids[0])
     last = [normal(1, D, seed=80 + row) for row in range(3)]
     out = step(trunk, cache, last, [[-1]] * 3)
     wholes = [normal(T, D)[:8], normal(T, D)[:2], torch.cat([normal(T, D)[:13], new[0]])]

@@ -95,9 +95,10 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def test_equals_the_naive_forward_with_its_gradients(model: Transfusion) -> None:
-    """Through embedding, scatter, gather and both heads; logits only where asked for, in any order."""
+    """Through embedding, scatter, gather and both heads; any positions, logits where asked for, in any order."""
     batch, x_t, timesteps = make(PACKED)
-    batch = dataclasses.replace(batch, text_positions=batch.text_positions.flip(0))
+    changes = {"text_positions": batch.text_positions.flip(0), "position_ids": 2 * batch.position_ids}
+    batch = dataclasses.replace(batch, **changes)
     logits, output = model(batch, x_t, timesteps)
     assert logits.shape == (256, V)
     assert output.shape == x_t.shape

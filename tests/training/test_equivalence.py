@@ -110,8 +110,9 @@ def test_workers_change_no_bit(fit) -> None:
 
 def test_workers_end_with_the_fit(fit) -> None:
     """Left to the garbage collector they idle on, and then take 5 seconds each to end."""
+    before = set(multiprocessing.active_children())
     fit(workers=2)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (2, 1), (0, 2), (2, 2)])

@@ -100,7 +100,7 @@ class BestCheckpoint(_RunFolderCheckpoint):
             self._write(trainer, "best")
 
     def _is_better(self, score: float) -> bool:
-        if math.isnan(score) or self.best_model_score is None:
+        if self.best_model_score is None:
             return not math.isnan(score)
         return score < self.best_model_score if self.mode == "min" else score > self.best_model_score
 
@@ -136,7 +136,7 @@ class Checkpoint(_RunFolderCheckpoint):
                 path.unlink()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not in a checkpoint: without it the first micro-batch after a resume would save in mid-accumulation.
+        # A state that has just been loaded is not saved again (Lightning keeps this in no checkpoint).
         self._last_global_step_saved = trainer.global_step
         done = trainer.global_step if trainer.ckpt_path else -1
         for logger in trainer.loggers:

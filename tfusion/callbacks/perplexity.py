@@ -1,4 +1,4 @@
-"""Validation losses: perplexity, bits per byte and diffusion loss of each view, and `val/loss`, which `best` follows."""
+"""Validation: perplexity, bits per byte and diffusion loss of each view, and `val/loss`, which `best` follows."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ class Perplexity(L.Callback):
             metrics[f"val/{view}/bits_per_byte"] = values["bits_per_byte"]
             nats, tokens = nats + values["nll"] * values["tokens"], tokens + values["tokens"]
         for view, loss in self.image.items():
-            metrics[f"val/{view}/diffusion_loss"] = float(loss.compute())
-            total, images = total + float(loss.total), images + float(loss.images)
+            values = loss.compute()
+            metrics[f"val/{view}/diffusion_loss"] = values["loss"]
+            total, images = total + values["loss"] * values["images"], images + values["images"]
         metrics["val/text_loss"] = nats / max(tokens, 1)
         metrics["val/diffusion_loss"] = total / max(images, 1)
         weight = pl_module.diffusion_loss_weight

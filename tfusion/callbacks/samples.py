@@ -63,20 +63,23 @@ class SampleGrid(pl.Callback):
                 f"{type(trainer.datamodule).__name__}; use MultimodalDataModule or leave the callback out"
             )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A resumed run goes on counting where it is."""
-        self._last_step = trainer.global_step
+    def state_dict(self) -> dict[str, int]:
+        """A resumed run makes the sheets of an unbroken one."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._last_step = state_dict["last_step"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sample if a multiple of `every_n_steps` has been reached since the last sheet."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":
             return
         if trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last sheet, unless the last validation has made it."""
-        if trainer.global_step > self._last_step:
+        if trainer.global_step > self._last_step and not trainer.fast_dev_run:
             self._sample(trainer, pl_module)
 
     @torch.no_grad()

@@ -76,6 +76,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self._check_arguments()
         self.tokenizer: TextTokenizer | None = None
         self.mixture: Mixture | None = None
+        self.layout: StepLayout | None = None  # of training
         self.val_views: list[str] = []
         self.step, self.positions = 0, {}  # of the data: committed when a whole step has been consumed
 
@@ -277,6 +278,8 @@ class MultimodalDataModule(L.LightningDataModule):
         Raises:
             ValueError: the data or the rows a step are not those of the checkpoint.
         """
+        if self.layout is None:
+            return  # validate and predict read no training data
         for name, here in self._identity().items():
             if state[name] != here:
                 raise ValueError(

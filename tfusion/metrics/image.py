@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class DiffusionLoss(Metric):
-    """Mean over images of the per-image mean square."""
+    """`compute` gives `loss`, the mean over images of the per-image mean square, and `images`, their number."""
 
     full_state_update = False
 
@@ -22,5 +22,6 @@ class DiffusionLoss(Metric):
         self.total += (errors.double() * counted).sum()
         self.images += counted.sum()
 
-    def compute(self) -> Tensor:
-        return self.total / self.images.clamp(min=1)
+    def compute(self) -> dict[str, float]:
+        total, images = self.total.item(), self.images.item()
+        return {"loss": total / max(images, 1), "images": images}

@@ -1,7 +1,7 @@
 """Transfusion attention: the one mask rule and the one attention call, with two backends.
 
 Causal over the sequence, bidirectional inside an image, nothing across documents (Transfusion §3, figure 4). On CUDA
-the rule becomes a flex-attention block mask (sparse, never materialised), elsewhere a boolean mask for SDPA.
+the rule becomes a flex-attention block mask (blocks that nobody sees are skipped), elsewhere a boolean mask for SDPA.
 
 Legend: B rows, T queries, S keys, H heads, K head dim.
 """

@@ -30,7 +30,7 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
     images, C, h, w = x.shape
     k = patch_size
     x = x.reshape(images, C, h // k, k, w // k, k)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(images, -1, C * k * k)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(images, (h // k) * (w // k), C * k * k)
 
 
 def unpatchify(x: Tensor, latent_shape: tuple[int, int, int], patch_size: int) -> Tensor:
@@ -62,18 +62,20 @@ class TimestepEmbedding(nn.Module):
 
 
 class LinearPatchEncoder(nn.Module):
-    """Noised latents and their timesteps -> patch vectors."""
+    """Noised latents and their timesteps -> patch vectors, with a learned vector a place if `positions`."""
 
-    def __init__(self, latent_shape: tuple[int, int, int], patch_size: int, dim: int) -> None:
+    def __init__(self, latent_shape: tuple[int, int, int], patch_size: int, dim: int, positions: bool = False) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Linear(latent_shape[0] * patch_size**2, dim)
         self.timestep = TimestepEmbedding(dim)
+        self.positions = nn.Embedding(num_patches(latent_shape, patch_size), dim) if positions else None
 
     def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """(I, C, h, w), (I,) -> (I, P, D)."""
         patches = patchify(x_t, self.patch_size).to(self.proj.weight.dtype)  # (I, P, C k k)
-        return self.proj(patches) + self.timestep(timesteps)[:, None]
+        vectors = self.proj(patches) + self.timestep(timesteps)[:, None]
+        return vectors if self.positions is None else vectors + self.positions.weight
 
 
 class LinearPatchDecoder(nn.Module):

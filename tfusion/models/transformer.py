@@ -132,14 +132,20 @@ class Transformer(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_kv_heads or num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        hidden_dim = default_hidden_dim(dim) if hidden_dim is None else hidden_dim
+        if min(dim, num_layers, num_heads, num_kv_heads, hidden_dim, max_seq_len) < 1:
+            raise ValueError(
+                f"model sizes dim {dim}, num_layers {num_layers}, num_heads {num_heads}, num_kv_heads {num_kv_heads}, "
+                f"hidden_dim {hidden_dim}, max_seq_len {max_seq_len}: each must be at least 1"
+            )
         if dim % (2 * num_heads):
             raise ValueError(f"dim {dim} must be a multiple of 2 x num_heads = {2 * num_heads} (rotary pairs)")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
         self.num_kv_heads, self.head_dim, self.max_seq_len = num_kv_heads, dim // num_heads, max_seq_len
         self.rotary = Rotary(self.head_dim, max_seq_len, rope_theta)
-        sizes = (dim, num_heads, num_kv_heads, hidden_dim or default_hidden_dim(dim), qk_norm, norm_eps)
+        sizes = (dim, num_heads, num_kv_heads, hidden_dim, qk_norm, norm_eps)
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
 

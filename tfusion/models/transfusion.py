@@ -34,6 +34,8 @@ class Transfusion(nn.Module):
         num_kv_heads: key and value heads; None = num_heads (the paper's).
         hidden_dim: feed-forward width; None = Llama's 8/3 D.
         max_seq_len: T, the longest sequence (paper: 4096).
+        patch_positions: add a learned vector for each place in the image to its patches. The paper names none (rotary
+            positions alone tell places apart); BAGEL has a table. Small models learn faster with it (LOG.md).
         qk_norm: RMSNorm on queries and keys (not the paper's; BAGEL and SD3 add it for stability).
         rope_theta: base of the rotary frequencies.
         norm_eps: of every RMSNorm.
@@ -53,6 +55,7 @@ class Transfusion(nn.Module):
         num_kv_heads: int | None = None,
         hidden_dim: int | None = None,
         max_seq_len: int = 4096,
+        patch_positions: bool = False,
         qk_norm: bool = False,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
@@ -64,7 +67,7 @@ class Transfusion(nn.Module):
         self.num_patches = num_patches(latent_shape, patch_size)
         with torch.device("meta"):  # shapes only; `materialize` fills them in
             self.embedding = nn.Embedding(vocab_size, dim)
-            self.patch_encoder = LinearPatchEncoder(latent_shape, patch_size, dim)
+            self.patch_encoder = LinearPatchEncoder(latent_shape, patch_size, dim, patch_positions)
             self.transformer = Transformer(
                 dim,
                 num_layers,
@@ -99,12 +102,12 @@ class Transfusion(nn.Module):
 
         patches = self.patch_encoder(x_t, timesteps) * batch.image_valid[:, None, None]  # (I, P, D)
         tokens = self.embedding(batch.token_ids) * (batch.image_ids < 0)[:, :, None]  # (B, T, D)
-        x = tokens.view(B * T, -1).index_add(0, at_patches, patches.reshape(images * P, -1).to(tokens.dtype))
+        x = tokens.view(B * T, -1).index_add(0, at_patches, patches.flatten(0, 1).to(tokens.dtype))
         mask = training_mask(batch.document_ids, batch.image_ids, batch.hidden)
         x = self.transformer(x.view(B, T, -1), batch.position_ids, mask).view(B * T, -1)
 
         logits = self.text_head(x.index_select(0, batch.text_positions))  # (N, V)
-        hidden = x.index_select(0, at_patches).view(images, P, -1)  # (I, P, D)
+        hidden = x.index_select(0, at_patches).unflatten(0, (images, P))  # (I, P, D)
         return logits, self.patch_decoder(hidden)
 
     def make_cache(self, num_rows: int, capacity: int) -> KVCache:
@@ -142,8 +145,8 @@ class Transfusion(nn.Module):
         norms' weights               1
         biases, patch_decoder.proj   0 (the first output is the mean, as in DiT)
         o_proj, down_proj            N(0, 0.02 / sqrt(2 layers)) (GPT-2: the stream keeps its scale)
-        patch_encoder.proj           N(0, 1 / sqrt(fan in)) (unit variance in, unit variance out)
-        all other matrices           N(0, 0.02)
+        all other matrices           N(0, 0.02): also patch_encoder.proj, for at unit scale noise would drown what
+                                     the blocks write to the stream, and captions are learned late (LOG.md)
         ===========================  =============================================
         """
         depth = len(self.transformer.blocks)
@@ -153,11 +156,8 @@ class Transfusion(nn.Module):
             elif name.endswith("bias") or name == "patch_decoder.proj.weight":
                 full = torch.zeros(parameter.shape)
             else:
-                std = 0.02
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std = 0.02 / (2 * depth) ** 0.5
-                elif name == "patch_encoder.proj.weight":
-                    std = parameter.shape[1] ** -0.5
+                scaled = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / (2 * depth) ** 0.5 if scaled else 0.02
                 full = torch.randn(parameter.shape, generator=generator("weights", seed, name)) * std
             if isinstance(parameter, DTensor):  # every rank drew the same tensor and keeps its shard
                 full = full.to(parameter.device)

@@ -49,8 +49,8 @@ def refuse_used_folder(root: Path) -> None:
         newest = "last" if "last.ckpt" in used else root / "checkpoints" / used[-1]
         raise ValueError(
             f"the run folder {root} holds checkpoints ({', '.join(used)}) and no --ckpt_path was given; "
-            f"go on with that run (--ckpt_path {newest}), choose another folder (--trainer.default_root_dir), "
-            "or delete this one"
+            f"go on with that run (--ckpt_path {newest}), choose another folder "
+            "(--trainer.default_root_dir), or delete this one"
         )
 
 
@@ -175,7 +175,11 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        """Save and close; a later row would open the file again."""
+        if self._file is not None:
+            self.save()
+            self._file.close()
+            self._file = None
 
     def _read_rows(self) -> list[dict[str, str]]:
         """Return the whole rows of the file, and take over its header. A row torn by a kill is left out."""

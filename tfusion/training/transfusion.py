@@ -133,6 +133,10 @@ class TransfusionModule(L.LightningModule):
         self.image_tokenizer.to(device)
         self._materialized = True
 
+    def cpu(self) -> TransfusionModule:
+        """What Lightning calls to clean up after a refusal too, when there is no data to move yet."""
+        return super().cpu() if self._materialized else self
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of the global means."""
         nll, errors, timesteps = self._losses(self.model, batch)
