@@ -87,6 +87,8 @@ class MultimodalDataModule(L.LightningDataModule):
         for name in ("seq_len", "rows_per_step", "lanes", "val_rows", "max_val_images", "predict_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, expected a whole number >= 1")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers is {self.num_workers}, expected a whole number >= 0")
         if not self.image_corpora and not self.text_corpora:
             raise ValueError("no corpus: give data.image_corpora, data.text_corpora or both")
         if self.image_corpora and self.image_share == 0:
@@ -105,9 +107,9 @@ class MultimodalDataModule(L.LightningDataModule):
         if stage == "predict":
             self._prepare_predict()
             return
-        if self.mixture is None:
-            self._prepare_mixture()
+        self._prepare_mixture()
         if stage == "fit":
+            self.step, self.positions = 0, {}
             self.layout = StepLayout(
                 self.rows_per_step,
                 self.lanes,
@@ -128,7 +130,12 @@ class MultimodalDataModule(L.LightningDataModule):
         self.requests = read_prompts(self.prompts, defaults)
 
     def _prepare_mixture(self) -> None:
-        texts = [text for corpus in self.text_corpora for text in _load(corpus, "train")]
+        texts = []
+        for corpus in self.text_corpora:
+            documents = _load(corpus, "train")
+            if not any(documents):
+                raise ValueError(f"corpus {corpus.name!r} has only empty texts in its split 'train': give it more data")
+            texts += documents
         pictures = _Concatenated([_load(corpus, "train") for corpus in self.image_corpora])
         self.tokenizer = self._make_tokenizer(texts, pictures)
         shape = self._row_shape()
@@ -192,17 +199,20 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def _check_rows(self, shape: RowShape, images: CaptionedDocuments) -> None:
         """The first thousand image documents fit a row, and the slots can hold the share of images."""
-        lengths = [images.get(0, i).length(shape.num_patches) for i in range(min(len(images.pictures), 1000))]
+        first = [images.pictures[i] for i in range(min(len(images.pictures), 1000))]
+        captions = [max(map(len, images.tokenizer.encode_batch(picture.captions))) for picture in first]
+        lengths = [length + shape.num_patches + 4 for length in captions]  # BOS, BOI, EOI, EOS
         if max(lengths) > shape.seq_len:
             raise ValueError(
                 f"an image document takes {max(lengths)} positions, data.seq_len is {shape.seq_len}: "
                 f"raise it to at least {max(lengths)}, or take larger patches"
             )
         reach = shape.max_images * sum(lengths) / len(lengths) / shape.seq_len
-        if reach < 0.9 * self.image_share:
+        share = self.image_share if self.text_corpora else 1.0
+        if reach < 0.9 * share:
             raise ValueError(
                 f"data.max_images_per_row {shape.max_images} fills about {reach:.0%} of a row, data.image_share asks "
-                f"for {self.image_share:.0%}: raise the former or lower the latter"
+                f"for {share:.0%}: raise the former or lower the latter"
             )
 
     def train_dataloader(self) -> MicroBatches:

@@ -227,7 +227,8 @@ class Stream:
                 elif not waiting and taken - self.position.images > 1000:
                     raise ValueError("1000 image documents are longer than seq_len: raise seq_len")
                 else:
-                    logger.warning("skipped an image document: rows have %d positions", shape.seq_len)
+                    length = document.length(shape.num_patches)
+                    logger.warning("skipped an image document of %d positions: rows have %d", length, shape.seq_len)
                 taken += 1
             fitting = [n for n, document in waiting.items() if row.fits(document)]
             if not fitting:

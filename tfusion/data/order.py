@@ -27,5 +27,5 @@ def stream_of(step: int, slot: int, lanes: int, rows_per_step: int) -> int:
 
 @functools.lru_cache(maxsize=16)  # the streams of a run are within a few epochs of each other
 def _permutation(corpus: str, size: int, seed: int, epoch: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(seed_from("order", corpus, seed, epoch)))
-    return generator.permutation(size)
+    # numpy promises the same raw bits in every version, and nothing of `permutation`
+    return np.random.Philox(seed_from("order", corpus, seed, epoch)).random_raw(size).argsort(kind="stable")

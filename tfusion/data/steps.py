@@ -113,3 +113,12 @@ class MicroBatches:
     def __iter__(self) -> Iterator[Batch]:
         for batches in self.steps:
             yield from batches
+
+    @property
+    def _iterator(self):
+        """Lightning ends a loader's workers through the attribute of this name."""
+        return getattr(self.steps, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, value: None) -> None:
+        self.steps._iterator = value

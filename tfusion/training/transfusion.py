@@ -176,9 +176,8 @@ class TransfusionModule(L.LightningModule):
         noised = batch.image_valid & (batch.noise_limits > 0)
         by_quarter.index_add_(1, quarter, torch.stack([errors, noised.float()]))
         used = (batch.document_ids >= 0).float()
-        data = torch.stack(
-            [used.sum(), batch.image_valid.sum().float(), torch.tensor(used.numel(), device=used.device)]
-        )
+        # (new_full: made on the device, a tensor made here would have to be sent)
+        data = torch.stack([used.sum(), batch.image_valid.sum().float(), used.new_full((), used.numel())])
         sums = torch.cat([losses.detach(), data, by_quarter.flatten()])
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums
@@ -278,6 +277,16 @@ class TransfusionModule(L.LightningModule):
         """Take the tokenizer; refuse the weights of another architecture in words."""
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
         check_state_dict(self.state_dict(), checkpoint["state_dict"])
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            _recount(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+def _recount(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Lightning counts micro-batches; this run may divide a step into more or fewer of them than the last."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    shift = checkpoint["global_step"] * micro_batches - progress["ready"]
+    for name in progress:
+        progress[name] += shift
 
 
 def check_state_dict(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
