@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -62,6 +63,8 @@ class Perplexity(L.Callback):
         weight = pl_module.diffusion_loss_weight
         metrics["val/loss"] = metrics["val/text_loss"] + weight * metrics["val/diffusion_loss"]
         # `best` reads them from here; only `validate` prints them: in `fit` Lightning would log at global_step - 1
-        pl_module.log_dict(metrics, logger=trainer.state.fn != "fit", sync_dist=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You called `self.log")  # that `validate` has no logger is as it should be
+            pl_module.log_dict(metrics, logger=trainer.state.fn != "fit", sync_dist=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
