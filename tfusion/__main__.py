@@ -98,7 +98,7 @@ class TfusionCLI(LightningCLI):
             config.ckpt_path = str(run_folder.find_checkpoint(root, config.ckpt_path))
         self.save_config_callback = None
         if self.subcommand != "fit":
-            if config.ckpt_path is None and config.get("model.init_args.init_from") is None:
+            if config.ckpt_path is None:
                 raise ValueError(f"{self.subcommand} got no weights; expected --ckpt_path last, best or a path")
         elif not config.trainer.fast_dev_run:
             _check_validation_interval(config.trainer)
