@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -101,6 +102,7 @@ class TfusionCLI(LightningCLI):
             if config.ckpt_path is None:
                 raise ValueError(f"{self.subcommand} got no weights; expected --ckpt_path last, best or a path")
         elif not config.trainer.fast_dev_run:
+            _check_trainer(config.trainer)
             _check_validation_interval(config.trainer)
             if config.ckpt_path is None:
                 run_folder.refuse_used_folder(root)
@@ -118,7 +120,9 @@ class TfusionCLI(LightningCLI):
         if self.subcommand == "fit":
             own = [run_folder.MetricsLogger(root), run_folder.EventsLogger(root)]
             kwargs["logger"] = own + _as_list(config.logger)
-            callbacks.append(TrainingMetrics())
+        callbacks.append(TrainingMetrics())
+        if config.accelerator == "auto" and not torch.cuda.is_available():
+            kwargs["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sums of losses need
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(LossProgressBar())
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -141,6 +145,19 @@ def _run_folder(default_root_dir: str | os.PathLike[str] | None) -> Path:
             "set it in the YAML or with --trainer.default_root_dir runs/NAME"
         )
     return Path(default_root_dir).expanduser().absolute()
+
+
+def _check_trainer(config: Any) -> None:
+    """Refuse settings of the Trainer that would do something else than they say."""
+    if config.precision not in (None, "32-true", "32", 32, "bf16-mixed"):
+        raise ValueError(f"got trainer.precision {config.precision!r}, expected 32-true or bf16-mixed")
+    if config.max_steps < 1:
+        raise ValueError("trainer.max_steps is not set: training data has no end, so say where to stop")
+    if config.limit_train_batches not in (None, 1.0) or config.overfit_batches:
+        raise ValueError(
+            "got trainer.limit_train_batches or overfit_batches, but training data has no epochs to cut short: "
+            "use trainer.max_steps"
+        )
 
 
 def _check_validation_interval(config: Any) -> None:
@@ -209,6 +226,10 @@ def main(args: list[str] | None = None) -> None:
     Exits with 2 and one message where the input is refused; TFUSION_TRACEBACK=1 shows the traceback instead.
     """
     _quieten()
+    package = logging.getLogger("tfusion")
+    package.setLevel(logging.INFO)
+    if not package.handlers:
+        package.addHandler(logging.StreamHandler())
     try:
         TfusionCLI(
             pl.LightningModule,
@@ -230,7 +251,7 @@ def main(args: list[str] | None = None) -> None:
         refusals = [cause for cause in _chain(error) if _is_for_the_user(cause)]
         if os.environ.get("TFUSION_TRACEBACK") == "1" or not refusals:
             raise
-        sys.stderr.write(f"tfusion: error: {refusals[0]}\n")
+        sys.stderr.write(f"tfusion: error: {refusals[0]}\n(TFUSION_TRACEBACK=1 shows where)\n")
         sys.exit(2)
 
 

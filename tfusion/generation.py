@@ -24,7 +24,7 @@ from tfusion.models.kv_cache import KVCache
 from tfusion.models.transfusion import Transfusion
 from tfusion.randomness import generator
 from tfusion.requests import Generation, Request, Segment
-from tfusion.samplers import Sampler
+from tfusion.samplers import Sampler, SamplerName
 from tfusion.sequence import BOI_ID, BOS_ID, EOI_ID, EOS_ID, PAD_ID
 from tfusion.token_sampling import sample_tokens
 from tfusion.tokenizers import ImageTokenizer, TextTokenizer
@@ -34,14 +34,12 @@ Content = list[int | Tensor]  # what a row is extended by: token ids, and clean 
 
 def bf16_copy(model: Transfusion) -> Transfusion:
     """A copy with bf16 weights and fp32 tables: what generation runs on where training is bf16-mixed."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
+    halves = {id(p): torch.nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, halves)  # so that no second fp32 copy is ever there
 
 
 @dataclass
-class _Row:
+class _Sample:
     """One sample on its way."""
 
     number: int
@@ -97,21 +95,24 @@ class Generator:
             ValueError: a prompt that leaves no room, or a sampler that the process does not have; before any work.
         """
         numbers = list(range(len(requests))) if numbers is None else numbers
-        for request in requests:
-            Sampler(self.process, self._sampler_name(request), request.config.num_inference_steps)
+        limits = self.check(requests, numbers)
         rows = []
-        for number, request in zip(numbers, requests, strict=True):
+        for number, request, limit in zip(numbers, requests, limits, strict=True):
             prompt = self._prompt(request)
-            limit = self._limit(number, request, self._length(prompt))
             for sample in range(request.n):
                 draws = generator("tokens", request.seed, sample)
-                rows.append(_Row(number, sample, request, prompt, limit, draws))
+                rows.append(_Sample(number, sample, request, prompt, limit, draws))
         if rows:
             _Decoding(self, rows).run()
         return [Generation(row.number, row.sample, tuple(row.segments)) for row in rows]
 
-    def _sampler_name(self, request: Request) -> str:
-        return request.config.sampler or ("ddpm" if self.process.family == "ddpm" else "euler")
+    def check(self, requests: list[Request], numbers: list[int] | None = None) -> list[int]:
+        """How many positions each request's rows may take; raises ValueError for one that cannot be met."""
+        limits = []
+        for number, request in zip(numbers or range(len(requests)), requests, strict=True):
+            Sampler(self.process, request.config.sampler, request.config.num_inference_steps)
+            limits.append(self._limit(number, request))
+        return limits
 
     def _prompt(self, request: Request) -> Content:
         prompt: Content = [BOS_ID]
@@ -149,9 +150,13 @@ class Generator:
     def _length(self, content: Content) -> int:
         return sum(1 if isinstance(item, int) else self.model.num_patches for item in content)
 
-    def _limit(self, number: int, request: Request, prompt: int) -> int:
+    def _limit(self, number: int, request: Request) -> int:
         """How many positions a row may take, at most the model's."""
         image = self.model.num_patches + 2
+        texts = [segment for segment in request.segments if isinstance(segment, str)]
+        prompt = (
+            1 + sum(map(len, self.text_tokenizer.encode_batch(texts))) + image * (len(request.segments) - len(texts))
+        )
         needed = prompt + (image if request.generate == "image" else 1)
         if needed > self.model.max_seq_len:
             raise ValueError(
@@ -167,7 +172,7 @@ class Generator:
 class _Decoding:
     """One call of `generate`: its rows, their cache, and the phases."""
 
-    def __init__(self, parent: Generator, rows: list[_Row]) -> None:
+    def __init__(self, parent: Generator, rows: list[_Sample]) -> None:
         self.parent, self.model, self.rows = parent, parent.model, rows
         self.device, self.P = parent.device, parent.model.num_patches
         guided = [r for r in rows if r.request.config.guidance_scale != 1 and r.request.generate != "text"]
@@ -251,7 +256,7 @@ class _Decoding:
                 contents = [contents[k] for k in going]
             hidden = self.extend(cache, contents)
 
-    def _take(self, row: _Row, token: int, length: int) -> bool:
+    def _take(self, row: _Sample, token: int, length: int) -> bool:
         """Account for a sampled token; whether the row's text goes on."""
         if row.state != "text":
             return False
@@ -269,7 +274,7 @@ class _Decoding:
             return False
         return True
 
-    def _next_tokens(self, hidden: Tensor, rows: list[_Row], lengths: list[int]) -> list[int]:
+    def _next_tokens(self, hidden: Tensor, rows: list[_Sample], lengths: list[int]) -> list[int]:
         logits = self.model.text_head(hidden)  # (R, V)
         V = logits.shape[-1]
         allowed = torch.ones(len(rows), V, dtype=torch.bool)
@@ -295,10 +300,10 @@ class _Decoding:
 
     def make_images(self, waiting: list[int]) -> None:
         """Write BOI, denoise, and where the row goes on, write the clean patches and EOI."""
-        groups: dict[tuple[str, int], list[int]] = {}
+        groups: dict[tuple[SamplerName | None, int], list[int]] = {}
         for i in waiting:
             request = self.rows[i].request
-            key = (self.parent._sampler_name(request), request.config.num_inference_steps)
+            key = (request.config.sampler, request.config.num_inference_steps)
             groups.setdefault(key, []).append(i)
         for (name, steps), members in groups.items():
             rows = [self.rows[i] for i in members]
@@ -318,13 +323,13 @@ class _Decoding:
             self._keep(cache, members + nulls, range(len(members + nulls)))
             self.hidden[members] = hidden[: len(members)]
 
-    def _has_all(self, row: _Row) -> bool:
+    def _has_all(self, row: _Sample) -> bool:
         config, kind = row.request.config, row.request.generate
         if kind == "image":
             return row.num_images >= 1
         return row.num_tokens >= config.max_new_tokens
 
-    def _denoise(self, cache: KVCache, rows: list[_Row], sampler: Sampler) -> Tensor:
+    def _denoise(self, cache: KVCache, rows: list[_Sample], sampler: Sampler) -> Tensor:
         """From noise to x_0 (R, C, h, w); the cache holds the rows, then the null rows of the guided ones."""
         shape = self.model.latent_shape
         draws = [generator("image", row.request.seed, row.sample, row.num_images) for row in rows]

@@ -31,7 +31,7 @@ class GenerationConfig:
         top_k: keep the k likeliest tokens; None = all.
         top_p: keep the smallest set of tokens with this much probability; None = all.
         max_new_tokens: text tokens generated a request, over all its text segments.
-        max_new_images: images generated a request.
+        max_new_images: images generated a request of kind `any`; kind `image` makes one.
     """
 
     sampler: SamplerName | None = None
@@ -120,7 +120,7 @@ def parse_request(line: dict[str, Any] | Request, defaults: GenerationConfig, fo
 
 def _parse_segment(segment: Any, folder: Path) -> Segment:
     if isinstance(segment, PILImage.Image):
-        return segment.convert("RGB")
+        return on_white(segment)
     if isinstance(segment, str):
         return segment
     if isinstance(segment, dict) and len(segment) == 1:
@@ -128,17 +128,23 @@ def _parse_segment(segment: Any, folder: Path) -> Segment:
         if kind == "text" and isinstance(value, str):
             return value
         if kind == "image" and isinstance(value, PILImage.Image):
-            return value.convert("RGB")
+            return on_white(value)
         if kind == "image" and isinstance(value, (str, Path)):
             path = folder / value
             try:
                 with PILImage.open(path) as image:
-                    return image.convert("RGB")
+                    return on_white(image)
             except OSError as error:
                 raise ValueError(
                     f"image {str(path)!r} cannot be read ({error}); give a path relative to the file"
                 ) from error
     raise ValueError(f'segment {segment!r}: expected {{"text": "..."}} or {{"image": "path.png"}}')
+
+
+def on_white(image: PILImage.Image) -> PILImage.Image:
+    """RGB; what is transparent becomes white, as in training, not the black that lies beneath it."""
+    rgba = image.convert("RGBA")
+    return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _is_int(value: Any) -> bool:

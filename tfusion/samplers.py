@@ -55,7 +55,7 @@ class Sampler:
 
     Args:
         process: what the network was trained with.
-        name: the method, see the table above.
+        name: the method, see the table above; None = the family's first, `ddpm` or `euler`.
         num_steps: number of network evaluations, 1 ... num_train_timesteps. `ddim` needs a divisor of
             num_train_timesteps. With `epsilon` on the cosine schedule `dpmpp` has at most 996, and `ddim` at
             most 500; it should have 50, as it starts one stride below 1000, and fewer start far from noise.
@@ -68,8 +68,9 @@ class Sampler:
         ValueError: for a sampler that the family does not have, or a number of steps that it cannot take.
     """
 
-    def __init__(self, process: NoiseProcess, name: SamplerName, num_steps: int) -> None:
+    def __init__(self, process: NoiseProcess, name: SamplerName | None, num_steps: int) -> None:
         available = _AVAILABLE[process.family]
+        name = available[0] if name is None else name
         if name not in available:
             raise ValueError(
                 f"sampler {name!r} does not exist for the {process.family} family; available: {', '.join(available)}."

@@ -307,7 +307,7 @@ def test_too_long_documents_are_skipped_and_named(make_mixture, pictures, caplog
     values = [d.images[0].data[0, 0, 0].item() for row in rows for d in row if len(d.elements[0]) > 50 and d.images]
     assert values
     assert set(values) == {201}
-    assert "of 65 positions: rows have 64" in caplog.text
+    assert "skipped picture long-200: its document takes 65 positions, rows have 64" in caplog.text
 
 
 @pytest.mark.parametrize("with_text", [True, False])

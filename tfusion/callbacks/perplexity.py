@@ -64,7 +64,9 @@ class Perplexity(L.Callback):
         metrics["val/loss"] = metrics["val/text_loss"] + weight * metrics["val/diffusion_loss"]
         # `best` reads them from here; only `validate` prints them: in `fit` Lightning would log at global_step - 1
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You called `self.log")  # that `validate` has no logger is as it should be
+            warnings.filterwarnings(
+                "ignore", "You called `self.log"
+            )  # that `validate` has no logger is as it should be
             pl_module.log_dict(metrics, logger=trainer.state.fn != "fit", sync_dist=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)

@@ -11,9 +11,9 @@ import lightning as L
 class TrainingMetrics(L.Callback):
     """Log the global losses of a step every `trainer.log_every_n_steps` optimizer steps, and at the last.
 
-    `train/tokens_per_s` and `train/images_per_s` count real positions and images since the last logged step. Between
-    logged steps nothing waits for the device. `train/seconds` is training time so far, without validation and
-    start-up, kept over resumes.
+    `train/tokens_per_s` and `train/images_per_s` are this step's positions and images times the steps a second since
+    the last logged step; `train/seconds` is training time so far, without validation and start-up, kept over resumes.
+    Between logged steps nothing waits for the device.
     """
 
     def __init__(self) -> None:

@@ -19,6 +19,8 @@ from tfusion.requests import GenerationConfig, Request, parse_request
 from tfusion.sequence import Batch, RowShape
 from tfusion.tokenizers.text import TextTokenizer
 
+CAPTIONS_FOR_TOKENIZER = 10_000  # pictures of all corpora whose captions a tokenizer is trained on
+
 
 class MultimodalDataModule(L.LightningDataModule):
     """Interleave corpora of captioned pictures and of text into rows of exactly `seq_len` positions.
@@ -161,10 +163,14 @@ class MultimodalDataModule(L.LightningDataModule):
         )
 
     def _make_tokenizer(self, texts: list[str], pictures: Sequence[CaptionedImage]) -> TextTokenizer:
-        if self.tokenizer_file is not None:
+        if self.trainer.lightning_module.text_tokenizer is not None:  # of weights that have been loaded
+            tokenizer = self.trainer.lightning_module.text_tokenizer
+        elif self.tokenizer_file is not None:
             tokenizer = TextTokenizer.from_file(self.tokenizer_file)
         else:
-            captions = [caption for picture in pictures for caption in picture.captions]
+            # enough captions to learn from: reading one means drawing or decoding its picture
+            some = [pictures[i] for i in range(min(len(pictures), CAPTIONS_FOR_TOKENIZER))]
+            captions = [caption for picture in some for caption in picture.captions]
             tokenizer = TextTokenizer.train([*texts, *captions], self.vocab_size)
         wanted = self.trainer.lightning_module.model_vocab_size
         if tokenizer.vocab_size != wanted:
@@ -217,7 +223,7 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> MicroBatches:
         """Micro-batches from the committed position on."""
-        dataset = StepDataset(self.mixture, self.layout, self.seed, self.step, self.positions)
+        dataset = StepDataset(self.mixture, self.layout, self.seed, self.step, dict(self.positions))
         options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if self.num_workers else {}
         pinned = self.trainer.strategy.root_device.type == "cuda"
         return MicroBatches(
@@ -235,7 +241,7 @@ class MultimodalDataModule(L.LightningDataModule):
         loaders = []
         for view, view_documents in zip(self.val_views, documents, strict=True):
             rank, ranks = self.trainer.global_rank, self.trainer.world_size
-            rows = ValidationRows(view, view_documents, shape, self.seed, rank, ranks)
+            rows = ValidationRows(view, view_documents, shape, self.seed, rank, ranks, self.val_rows)
             loaders.append(DataLoader(rows, batch_size=self.val_rows, collate_fn=rows.collate))
         return loaders
 
@@ -289,6 +295,7 @@ class MultimodalDataModule(L.LightningDataModule):
             ValueError: the data or the rows a step are not those of the checkpoint.
         """
         if self.layout is None:
+            self.tokenizer = self.trainer.lightning_module.text_tokenizer  # ids mean what the weights have learned
             return  # validate and predict read no training data
         for name, here in self._identity().items():
             if state[name] != here:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.order import element
@@ -137,6 +137,18 @@ class Mixture:
     image_share: float
     seed: int
     num_streams: int
+    skipped: set[str] = field(default_factory=set)  # keys of the pictures whose documents fit no row
+
+    def skip(self, stream: int, taken: int, document: Document) -> None:
+        """Name a document that fits no row, once, and count it."""
+        assert self.images is not None
+        index = stream + taken * self.num_streams
+        key = self.images.pictures[element("image", len(self.images.pictures), self.seed, index)[1]].key
+        if key not in self.skipped:
+            self.skipped.add(key)
+            length = document.length(self.shape.num_patches)
+            words = "skipped picture %s: its document takes %d positions, rows have %d (%d skipped so far)"
+            logger.warning(words, key, length, self.shape.seq_len, len(self.skipped))
 
     def text(self, stream: int, taken: int) -> Document:
         """The stream's element number `taken` of the text."""
@@ -207,10 +219,7 @@ class Stream:
             if Row(self.mixture.shape).fits(document):
                 self._pending[taken] = document
                 return document
-            length = document.length(self.mixture.shape.num_patches)
-            logger.warning(
-                "skipped an image document of %d positions: rows have %d", length, self.mixture.shape.seq_len
-            )
+            self.mixture.skip(self.number, taken, document)
             self.position = dataclasses.replace(self.position, images=taken + 1)
         raise ValueError("1000 image documents in a row are longer than seq_len: raise seq_len or shorten the captions")
 
@@ -227,8 +236,7 @@ class Stream:
                 elif not waiting and taken - self.position.images > 1000:
                     raise ValueError("1000 image documents are longer than seq_len: raise seq_len")
                 else:
-                    length = document.length(shape.num_patches)
-                    logger.warning("skipped an image document of %d positions: rows have %d", length, shape.seq_len)
+                    self.mixture.skip(self.number, taken, document)
                 taken += 1
             fitting = [n for n, document in waiting.items() if row.fits(document)]
             if not fitting:

@@ -36,7 +36,9 @@ def caption_documents(
 
 
 class ValidationRows(Dataset):
-    """The rows of one view, the same number on every rank: rank r has rows r, r + W, ...; the last may be empty.
+    """The rows of one view, whole batches of them on every rank: rank r has rows r, r + W, ...; the last are empty.
+
+    Whole batches, so that every batch of a run has one shape and nothing is compiled again.
 
     Args:
         view: its name.
@@ -44,14 +46,22 @@ class ValidationRows(Dataset):
         shape: of a row.
         seed: of timesteps and noise.
         rank, ranks: r and W.
+        batch_rows: rows a batch.
     """
 
     def __init__(
-        self, view: str, documents: Iterator[Document], shape: RowShape, seed: int, rank: int, ranks: int
+        self,
+        view: str,
+        documents: Iterator[Document],
+        shape: RowShape,
+        seed: int,
+        rank: int,
+        ranks: int,
+        batch_rows: int = 1,
     ) -> None:
         self.view, self.shape, self.seed = view, shape, seed
         rows = list(pack(documents, shape))
-        padding: list[list[Document]] = [[] for _ in range(-len(rows) % ranks)]
+        padding: list[list[Document]] = [[] for _ in range(-len(rows) % (ranks * batch_rows))]
         self.rows = list(enumerate(rows + padding))[rank::ranks]
 
     def __len__(self) -> int:

@@ -143,7 +143,8 @@ class Transformer(nn.Module):
             raise ValueError(f"dim {dim} must be a multiple of 2 x num_heads = {2 * num_heads} (rotary pairs)")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
-        self.num_kv_heads, self.head_dim, self.max_seq_len = num_kv_heads, dim // num_heads, max_seq_len
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.max_seq_len = dim // num_heads, max_seq_len
         self.rotary = Rotary(self.head_dim, max_seq_len, rope_theta)
         sizes = (dim, num_heads, num_kv_heads, hidden_dim, qk_norm, norm_eps)
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))

@@ -154,7 +154,7 @@ class VAETokenizer(ImageTokenizer):
             return torch.cat([vae.decode(x).sample for x in z.split(self.chunk_size)]).float().clamp(-1, 1)
 
     def _loaded(self, device: torch.device) -> Any:
-        if self._vae is None:
+        if self._vae is None or self._shift.device != device:  # Lightning moves modules behind our back
             self.to(device)
         return self._vae
 

@@ -70,7 +70,7 @@ def lock(root: Path) -> None:
     if path in _locks:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")  # noqa: SIM115 (kept open on purpose)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (kept open on purpose)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -92,7 +92,7 @@ def lock(root: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that a reader, or a kill, sees the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="") as file:
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -185,7 +185,7 @@ class MetricsLogger(Logger):
         """Return the whole rows of the file, and take over its header. A row torn by a kill is left out."""
         if not self.path.exists():
             return []
-        with open(self.path, newline="") as file:
+        with open(self.path, newline="", encoding="utf-8") as file:
             lines = [line for line in file if line.endswith("\n")]
         header, *rows = list(csv.reader(lines)) or [[]]
         self._columns = header + [name for name in self._columns if name not in header]
@@ -197,14 +197,14 @@ class MetricsLogger(Logger):
             self._file.close()
         temporary = self.path.with_name(".metrics.csv.tmp")
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerows([self._columns] if self._columns else [])
             writer.writerows([row.get(name, "") for name in self._columns] for row in rows)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
-        self._file = open(self.path, "a", newline="")  # noqa: SIM115 (open as long as the run)
+        self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         self._last_step = int(rows[-1]["step"]) if rows else -1
 
 

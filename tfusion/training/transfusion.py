@@ -23,6 +23,7 @@ from tfusion.generation import Generator, bf16_copy
 from tfusion.losses import image_mse, token_nll
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import Generation, GenerationConfig, Request, parse_request
+from tfusion.samplers import Sampler
 from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, TextTokenizer
 from tfusion.training.optim import adamw, lr_factor, parameter_groups
@@ -90,6 +91,7 @@ class TransfusionModule(L.LightningModule):
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
         self.warmup_steps, self.final_lr_share = warmup_steps, final_lr_share
         self.generation = generation or GenerationConfig()
+        Sampler(self.process, self.generation.sampler, self.generation.num_inference_steps)  # refuses what cannot run
         self.seed = seed
         self.text_tokenizer: TextTokenizer | None = None  # of the checkpoint, else the datamodule's
         self.latest_metrics: dict[str, float] = {}  # last logged, for the progress bar
@@ -201,7 +203,8 @@ class TransfusionModule(L.LightningModule):
         for q in range(NUM_QUARTERS):
             total, count = by_quarter[q], by_quarter[NUM_QUARTERS + q]
             if count:
-                metrics[f"train/diffusion_loss_t{q * 250}-{(q + 1) * 250}"] = total / count
+                ends = [n * self.process.num_train_timesteps // NUM_QUARTERS for n in (q, q + 1)]
+                metrics[f"train/diffusion_loss_t{ends[0]}-{ends[1]}"] = total / count
         return metrics
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -229,7 +232,15 @@ class TransfusionModule(L.LightningModule):
         model = self.evaluation_model
         if "bf16" in str(self.precision if self._trainer is None else self.trainer.precision):
             model = bf16_copy(model)  # callbacks run outside autocast, and predict's re-casts at every call
-        return Generator(model, self.process, self._text_tokenizer(), self.image_tokenizer).generate(parsed, numbers)
+        with torch.autocast(model.embedding.weight.device.type, enabled=False):  # predict_step runs inside Lightning's
+            return self._generator(model).generate(parsed, numbers)
+
+    def _generator(self, model: Transfusion) -> Generator:
+        return Generator(model, self.process, self._text_tokenizer(), self.image_tokenizer)
+
+    def on_predict_start(self) -> None:
+        """All requests are refused or accepted before the first is met."""
+        self._generator(self.evaluation_model).check(self.trainer.datamodule.requests)
 
     def _text_tokenizer(self) -> TextTokenizer:
         if self.text_tokenizer is None and self._trainer is not None:
@@ -265,28 +276,49 @@ class TransfusionModule(L.LightningModule):
         """Clip by global norm, and keep the norm; Lightning's own refuses fused AdamW under bf16-mixed."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm is {gradient_clip_algorithm!r}, expected 'norm'")
-        most = float("inf") if gradient_clip_val is None else gradient_clip_val
+        most = gradient_clip_val or float("inf")  # Lightning's ways to say off: None and 0
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
         self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _architecture(self) -> dict[str, Any]:
+        """What weights depend on and their shapes do not show."""
+        trunk = self.model.transformer
+        return {
+            "num_heads": trunk.num_heads,
+            "rope_theta": trunk.rotary.theta,
+            "latent_channels": self.model.latent_shape[0],
+            "patch_size": self.model.patch_size,
+            "family": self.process.family,
+            "prediction_type": self.process.prediction_type,
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The tokenizer belongs to the weights."""
         checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
+        checkpoint["architecture"] = self._architecture()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the tokenizer; refuse the weights of another architecture in words."""
-        self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
         check_state_dict(self.state_dict(), checkpoint["state_dict"])
+        if "text_tokenizer" not in checkpoint:
+            raise ValueError("the checkpoint has no text tokenizer: give one that `tfusion fit` wrote")
+        saved, here = checkpoint["architecture"], self._architecture()
+        wrong = [f"{name} is {saved.get(name)!r}, configured {value!r}" for name, value in here.items()]
+        wrong = [text for text, name in zip(wrong, here, strict=True) if saved.get(name) != here[name]]
+        if wrong:
+            raise ValueError(f"the checkpoint is of another model: {'; '.join(wrong)}. Use the config.yaml of its run")
+        self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             _recount(checkpoint, self.trainer.accumulate_grad_batches)
 
 
 def _recount(checkpoint: dict[str, Any], micro_batches: int) -> None:
     """Lightning counts micro-batches; this run may divide a step into more or fewer of them than the last."""
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-    shift = checkpoint["global_step"] * micro_batches - progress["ready"]
-    for name in progress:
-        progress[name] += shift
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["current"], progress["total"]):  # accumulation goes by the one, validation by the other
+        shift = checkpoint["global_step"] * micro_batches - counts["ready"]
+        for name in counts:
+            counts[name] += shift
 
 
 def check_state_dict(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
