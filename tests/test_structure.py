@@ -17,17 +17,18 @@ TIERS = [
     {"sequence", "diffusion"},
     {"samplers", "models.attention", "models.kv_cache", "models.transformer", "models.patches", "losses"},
     {"token_sampling", "requests", "models.transfusion", "tokenizers"},
+    {"decoding"},
     {"generation", "data.corpora", "data.order"},
     {"data.openmoji", "data.shakespeare", "data.shapes", "data.shapes_reader", "data.mixture"},
-    {"data.steps", "data.validation", "data.prompts", "metrics"},
-    {"data.datamodule", "training.optim", "training.run_folder"},
+    {"data.steps", "data.sources", "data.validation", "data.prompts", "metrics"},
+    {"data.datamodule", "training.optim", "training.compatibility", "training.run_folder"},
     {"training.transfusion", "callbacks"},
     {"loading"},
     {"__main__", "bench"},
 ]
 # A package's own pieces may import each other.
 FAMILIES = ("tokenizers", "metrics", "callbacks", "bench", "models", "training", "data.shapes")
-FIRST_WITH_LIGHTNING = 7
+FIRST_WITH_LIGHTNING = 8
 
 
 def module_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -110,3 +111,55 @@ def test_step_metrics_are_the_means_over_the_step(tiny_module, tiny_data, tiny_t
 def test_missing_max_steps_is_refused(tiny_module, tiny_data, tiny_trainer):
     with pytest.raises(ValueError, match=r"trainer.max_steps is not set"):
         tiny_trainer(-1).fit(tiny_module(), tiny_data())
+
+
+@pytest.mark.parametrize("change", [{"num_heads": 4}, {"prediction_type": "v_prediction"}, {"family": "flow"}])
+def test_what_shapes_do_not_show_is_refused_too(tiny_module, tiny_data, tiny_trainer, tmp_path, change):
+    trainer = tiny_trainer(1)
+    trainer.fit(tiny_module(), tiny_data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=rf"of another model: {next(iter(change))} is"):
+        tiny_trainer(2).fit(tiny_module(**change), tiny_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+
+
+class ValidatedAt(L.Callback):
+    """At which steps validation ran."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_validation_start(self, trainer, pl_module):
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
+def test_a_resume_with_other_micro_batches_validates_at_the_same_steps(
+    tiny_module, tiny_data, tiny_trainer, tmp_path, before, after
+):
+    def fit(max_steps, accumulate, ckpt_path=None):
+        at = ValidatedAt()
+        trainer = tiny_trainer(
+            max_steps,
+            accumulate_grad_batches=accumulate,
+            val_check_interval=3 * accumulate,
+            limit_val_batches=1,
+            callbacks=[at],
+        )
+        trainer.fit(tiny_module(), tiny_data(), ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "at.ckpt")
+        return at.steps
+
+    assert fit(4, before) == [3]
+    assert fit(9, after, tmp_path / "at.ckpt") == [6, 9]
+
+
+def test_validation_speaks_the_tokenizer_of_the_weights(tiny_module, tiny_data, tiny_trainer, tmp_path):
+    """Another corpus would give other merges: ids mean what the weights have learned."""
+    trainer = tiny_trainer(1)
+    trainer.fit(tiny_module(vocab_size=300), tiny_data(vocab_size=300))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    learned = trainer.datamodule.tokenizer.fingerprint
+    data = tiny_data(vocab_size=300, text_corpora=[])
+    trainer = tiny_trainer(1, limit_val_batches=1)
+    trainer.validate(tiny_module(vocab_size=300), data, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert data.tokenizer.fingerprint == learned

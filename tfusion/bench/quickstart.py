@@ -24,7 +24,7 @@ import torch
 
 from tfusion.callbacks.perplexity import Perplexity
 from tfusion.data.corpora import CaptionedImage
-from tfusion.data.datamodule import to_pil
+from tfusion.data.sources import to_pil
 from tfusion.loading import load, load_data
 from tfusion.training.transfusion import TransfusionModule
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from tfusion.bench.quickstart import training_seconds
-from tfusion.data.datamodule import to_pil
 from tfusion.data.shapes import parse_caption
 from tfusion.data.shapes_reader import composition_correct
+from tfusion.data.sources import to_pil
 from tfusion.loading import load, load_data
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, TextCorpus
 from tfusion.data.mixture import CaptionedDocuments, Mixture, TextPieces
 from tfusion.data.prompts import read_prompts
+from tfusion.data.sources import Concatenated, load_split, to_pil
 from tfusion.data.steps import MicroBatches, StepDataset, StepLayout
 from tfusion.data.validation import GIVEN_IMAGE, ValidationRows, caption_documents, text_documents
 from tfusion.requests import GenerationConfig, Request, parse_request
@@ -134,11 +135,11 @@ class MultimodalDataModule(L.LightningDataModule):
     def _prepare_mixture(self) -> None:
         texts = []
         for corpus in self.text_corpora:
-            documents = _load(corpus, "train")
+            documents = load_split(corpus, "train")
             if not any(documents):
                 raise ValueError(f"corpus {corpus.name!r} has only empty texts in its split 'train': give it more data")
             texts += documents
-        pictures = _Concatenated([_load(corpus, "train") for corpus in self.image_corpora])
+        pictures = Concatenated([load_split(corpus, "train") for corpus in self.image_corpora])
         self.tokenizer = self._make_tokenizer(texts, pictures)
         shape = self._row_shape()
         images = None
@@ -233,9 +234,9 @@ class MultimodalDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         """One loader a view, in the order of `val_views`."""
         tokenizer, shape = self.tokenizer, self.mixture.shape
-        documents = [text_documents(_load(corpus, "val"), tokenizer) for corpus in self.text_corpora]
+        documents = [text_documents(load_split(corpus, "val"), tokenizer) for corpus in self.text_corpora]
         for corpus in self.image_corpora:
-            pictures = _load(corpus, "val")
+            pictures = load_split(corpus, "val")
             for image_first in (False, True):
                 documents.append(caption_documents(pictures, tokenizer, image_first, self.max_val_images))
         loaders = []
@@ -259,7 +260,9 @@ class MultimodalDataModule(L.LightningDataModule):
             first = [pictures[i] for i in range(min(len(pictures), max(num_images, num_captions)))]
             requests += [{"segments": [p.captions[0]], "generate": "image"} for p in first[:num_images]]
             requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions]]
-        lines = [line for corpus in self.text_corpora for text in _load(corpus, "val") for line in text.splitlines()]
+        lines = [
+            line for corpus in self.text_corpora for text in load_split(corpus, "val") for line in text.splitlines()
+        ]
         openings = [line for line in lines if len(line) > 30][:num_texts]
         text = {"generate": "text", "temperature": 0.8, "top_p": 0.95}
         requests += [{"segments": [line + "\n"], "seed": i, **text} for i, line in enumerate(openings)]
@@ -318,36 +321,3 @@ class MultimodalDataModule(L.LightningDataModule):
             "num_pictures": len(mixture.images.pictures) if mixture and mixture.images else 0,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
         }
-
-
-def to_pil(picture: CaptionedImage) -> Any:
-    """A corpus picture as PIL."""
-    from PIL import Image as PILImage
-
-    return PILImage.fromarray(picture.image.permute(1, 2, 0).numpy())
-
-
-def _load(corpus: ImageCorpus | TextCorpus, split: str) -> Sequence[Any]:
-    """A corpus's split, which may not be empty."""
-    documents = corpus.load(split)  # type: ignore[arg-type]
-    if len(documents) == 0:
-        raise ValueError(f"corpus {corpus.name!r} has no document in its split {split!r}: give it more data")
-    return documents
-
-
-class _Concatenated(Sequence[Any]):
-    """Several corpora as one, each as large as it is."""
-
-    def __init__(self, parts: list[Sequence[Any]]) -> None:
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tfusion.models.attention import training_mask
+from tfusion.models.attention import Backend, training_mask
 from tfusion.models.kv_cache import KVCache
 from tfusion.models.patches import LinearPatchDecoder, LinearPatchEncoder, num_patches
 from tfusion.models.transformer import Transformer
@@ -39,6 +39,7 @@ class Transfusion(nn.Module):
         qk_norm: RMSNorm on queries and keys (not the paper's; BAGEL and SD3 add it for stability).
         rope_theta: base of the rotary frequencies.
         norm_eps: of every RMSNorm.
+        attention_backend: of training; None = flex attention on CUDA, SDPA elsewhere.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -59,11 +60,12 @@ class Transfusion(nn.Module):
         qk_norm: bool = False,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
+        attention_backend: Backend | None = None,
     ) -> None:
         super().__init__()
         latent_shape = tuple(latent_shape)
         self.vocab_size, self.latent_shape, self.patch_size = vocab_size, latent_shape, patch_size
-        self.max_seq_len = max_seq_len
+        self.max_seq_len, self.attention_backend = max_seq_len, attention_backend
         self.num_patches = num_patches(latent_shape, patch_size)
         with torch.device("meta"):  # shapes only; `materialize` fills them in
             self.embedding = nn.Embedding(vocab_size, dim)
@@ -103,7 +105,7 @@ class Transfusion(nn.Module):
         patches = self.patch_encoder(x_t, timesteps) * batch.image_valid[:, None, None]  # (I, P, D)
         tokens = self.embedding(batch.token_ids) * (batch.image_ids < 0)[:, :, None]  # (B, T, D)
         x = tokens.view(B * T, -1).index_add(0, at_patches, patches.flatten(0, 1).to(tokens.dtype))
-        mask = training_mask(batch.document_ids, batch.image_ids, batch.hidden)
+        mask = training_mask(batch.document_ids, batch.image_ids, batch.hidden, self.attention_backend)
         x = self.transformer(x.view(B, T, -1), batch.position_ids, mask).view(B * T, -1)
 
         logits = self.text_head(x.index_select(0, batch.text_positions))  # (N, V)

@@ -26,6 +26,7 @@ from tfusion.requests import Generation, GenerationConfig, Request, parse_reques
 from tfusion.samplers import Sampler
 from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, TextTokenizer
+from tfusion.training.compatibility import check_architecture, check_state_dict, recount_micro_batches
 from tfusion.training.optim import adamw, lr_factor, parameter_groups
 
 NUM_QUARTERS = 4  # the diffusion loss is also logged by quarter of the noise range
@@ -302,36 +303,7 @@ class TransfusionModule(L.LightningModule):
         check_state_dict(self.state_dict(), checkpoint["state_dict"])
         if "text_tokenizer" not in checkpoint:
             raise ValueError("the checkpoint has no text tokenizer: give one that `tfusion fit` wrote")
-        saved, here = checkpoint["architecture"], self._architecture()
-        wrong = [f"{name} is {saved.get(name)!r}, configured {value!r}" for name, value in here.items()]
-        wrong = [text for text, name in zip(wrong, here, strict=True) if saved.get(name) != here[name]]
-        if wrong:
-            raise ValueError(f"the checkpoint is of another model: {'; '.join(wrong)}. Use the config.yaml of its run")
+        check_architecture(self._architecture(), checkpoint["architecture"])
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            _recount(checkpoint, self.trainer.accumulate_grad_batches)
-
-
-def _recount(checkpoint: dict[str, Any], micro_batches: int) -> None:
-    """Lightning counts micro-batches; this run may divide a step into more or fewer of them than the last."""
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["current"], progress["total"]):  # accumulation goes by the one, validation by the other
-        shift = checkpoint["global_step"] * micro_batches - counts["ready"]
-        for name in counts:
-            counts[name] += shift
-
-
-def check_state_dict(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming what differs, unless the names and shapes are the same."""
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not in the configured model" for name in found if name not in expected]
-    problems += [
-        f"{name} is {tuple(found[name].shape)}, the configured model has {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(
-            f"the checkpoint is of another model: {'; '.join(problems[:3])}{more}. Use the config.yaml of its run"
-        )
+            recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
