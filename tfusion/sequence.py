@@ -140,7 +140,7 @@ def pack(documents: Iterable[Document], shape: RowShape) -> Iterator[list[Docume
         if document.images and not Row(shape).fits(document):
             raise ValueError(
                 f"a document takes {document.length(shape.num_patches)} positions and {len(document.images)} images, "
-                f"but a row has {shape.seq_len} positions and {shape.max_images} slots: raise either"
+                f"but a row has {shape.seq_len} positions and {shape.max_images} image slots: raise either"
             )
         rest: Document | None = document
         while rest is not None:
