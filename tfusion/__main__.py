@@ -73,7 +73,7 @@ class TfusionCLI(LightningCLI):
         ours = {"model", "datamodule", "weights_only"}
         return {
             "fit": ours | {"train_dataloaders", "val_dataloaders"},
-            "validate": ours | {"dataloaders"},
+            "validate": ours | {"dataloaders", "verbose"},
             "predict": ours | {"dataloaders", "return_predictions"},
         }
 
@@ -131,8 +131,16 @@ class TfusionCLI(LightningCLI):
             run_folder.lock(Path(root))
         return trainer
 
+    def after_validate(self) -> None:
+        """Show what was measured."""
+        if self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                sys.stdout.write(f"{name:<40} {float(value):.4f}\n")
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        if subcommand == "validate":
+            kwargs["verbose"] = False  # Lightning's table comes once a loader, and cuts names
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # the writer has written them
         return kwargs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import lightning as L
@@ -62,11 +61,7 @@ class Perplexity(L.Callback):
         metrics["val/diffusion_loss"] = total / max(images, 1)
         weight = pl_module.diffusion_loss_weight
         metrics["val/loss"] = metrics["val/text_loss"] + weight * metrics["val/diffusion_loss"]
-        # `best` reads them from here; only `validate` prints them: in `fit` Lightning would log at global_step - 1
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "You called `self.log"
-            )  # that `validate` has no logger is as it should be
-            pl_module.log_dict(metrics, logger=trainer.state.fn != "fit", sync_dist=False)
+        # where `best` and `tfusion validate` read them; Lightning itself would log them at global_step - 1
+        pl_module.log_dict(metrics, logger=False, sync_dist=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
