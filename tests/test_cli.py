@@ -233,7 +233,10 @@ def test_killed_and_resumed_equals_never_killed(tmp_path: Path, accumulate: int,
         root = str(tmp_path / str(number))
         kill_at = draw.randrange(calls // 5, calls)
         run = ("fit", "--config", config, *divided, "--trainer.default_root_dir", root)
-        assert tfusion(tmp_path, *run, kill_at=kill_at)[0] == -signal.SIGKILL
+        while (code := tfusion(tmp_path, *run, kill_at=kill_at)[0]) == 0:  # data workers make the number of calls vary
+            shutil.rmtree(root)
+            kill_at = kill_at * 3 // 4
+        assert code == -signal.SIGKILL
         last = Path(root, "checkpoints", "last.ckpt")
         resume = ("--ckpt_path", "last") if last.exists() else ()
         code, output = tfusion(tmp_path, *run, *resume)
