@@ -198,6 +198,7 @@ def _as_list(value: Any) -> list[Any]:
 def _quieten() -> None:
     """Silence what Lightning says of things that are as we want them; nothing that tfusion says."""
     ignored = [
+        r"LightningCLI's args parameter is intended",  # bench.check_data passes its own
         r"The '\w+' does not have many workers",  # packing is light; data.num_workers is the user's choice
         r"Found \d+ module\(s\) in eval mode",  # ema_model, which never trains
         r"The `srun` command is available",  # a single process is a fine way to run
@@ -229,8 +230,8 @@ def _is_for_the_user(error: BaseException) -> bool:
     return isinstance(error, ValueError) and package.split(".")[0] == "tfusion"
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run `tfusion` with the command line's arguments (or these).
+def run(cli: type[TfusionCLI], args: list[str] | None = None) -> TfusionCLI:
+    """Run a command line with these arguments (None: the process's own).
 
     Exits with 2 and one message where the input is refused; TFUSION_TRACEBACK=1 shows the traceback instead.
     """
@@ -240,7 +241,7 @@ def main(args: list[str] | None = None) -> None:
     if not package.handlers:
         package.addHandler(logging.StreamHandler())
     try:
-        TfusionCLI(
+        return cli(
             pl.LightningModule,
             MultimodalDataModule,
             subclass_mode_model=True,
@@ -262,6 +263,11 @@ def main(args: list[str] | None = None) -> None:
             raise
         sys.stderr.write(f"tfusion: error: {refusals[0]}\n(TFUSION_TRACEBACK=1 shows where)\n")
         sys.exit(2)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `tfusion`."""
+    run(TfusionCLI, args)
 
 
 if __name__ == "__main__":

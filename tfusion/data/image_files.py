@@ -81,7 +81,7 @@ class ImageFiles:
         for table in self.tables():
             log.info("corpus %s: %d records, %d of them bad", self.name, len(table.dataset), len(table.bad))
 
-    def load(self, split: Split) -> StoredPictures:
+    def load(self, split: Split) -> Sequence[CaptionedImage]:
         """The split's pictures; raises ValueError where there are no files or their format cannot be told."""
         check_split(split)
         table = self._table(self.val if self.val is not None and split == "val" else self.path)

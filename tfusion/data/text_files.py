@@ -50,7 +50,7 @@ class TextFiles:
         for table in self.tables():
             log.info("corpus %s: %d records, %d of them bad", self.name, len(table.dataset), len(table.bad))
 
-    def load(self, split: Split) -> StoredTexts:
+    def load(self, split: Split) -> Sequence[str]:
         """The split's texts; raises ValueError where there are no files or their format cannot be told."""
         check_split(split)
         table = self._table(self.val if self.val is not None and split == "val" else self.path)
