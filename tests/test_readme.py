@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image as PILImage
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,8 +62,8 @@ def test_quickstart_commands(folder):
     run(f"tfusion fit --config configs/quickstart.yaml {SHORT}", folder)
     made = {path.name for path in (folder / "runs/quickstart").iterdir()}
     assert {"config.yaml", "metrics.csv", "samples", "checkpoints"} <= made
-    assert "val/shakespeare/perplexity" in run(command("tfusion validate"), folder)
-    run(command("tfusion predict"), folder)
+    assert "val/shakespeare/perplexity" in run(command("tfusion validate --config runs/quickstart"), folder)
+    run(command("tfusion predict  --config runs/quickstart"), folder)
     lines = (folder / "runs/quickstart/predictions/predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 36
     result = json.loads(run(command("python -m tfusion.bench.quickstart"), folder).splitlines()[-1])
@@ -88,6 +89,27 @@ def test_shapes_commands(folder):
     assert result["scenes"] == 20
 
 
+@pytest.mark.slow
+def test_own_pictures_commands(folder):
+    """The folder of the README's own lines, and its commands in their order."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    lines = re.search(r"```json\n(\{\"file_name.*?)```", README, re.DOTALL).group(1)
+    names = [json.loads(line)["file_name"] for line in lines.splitlines()]
+    more = [{"file_name": f"{n}.jpg", "text": f"picture {n}"} for n in range(20)]
+    (pictures / "metadata.jsonl").write_text(lines + "".join(json.dumps(line) + "\n" for line in more))
+    for n, name in enumerate([*names, *(line["file_name"] for line in more)]):
+        PILImage.new("RGB", (80 + n, 70), (9 * n, 100, 200)).save(pictures / name)
+    assert "one epoch of image" in run(command("python -m tfusion.bench.check_data"), folder)
+    assert (folder / "runs/pictures/check_data/samples.png").exists()
+    run(f"{command('tfusion fit --config configs/pictures.yaml')} {SHORT}", folder)
+    assert "val/pictures/diffusion_loss" in run(command("tfusion validate --config runs/pictures"), folder)
+    subprocess.run(command("echo"), shell=True, cwd=folder, check=True)
+    short = "--model.init_args.generation.num_inference_steps 2"
+    run(f"{command('tfusion predict --config runs/pictures')} {short}", folder)
+    assert len(list((folder / "runs/pictures/predictions").glob("000000-*.png"))) == 8
+
+
 def test_links_lead_somewhere():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
