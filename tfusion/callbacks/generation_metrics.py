@@ -61,6 +61,7 @@ class GenerationMetrics(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Load the networks: one that cannot be loaded stops the run before it has cost anything."""
+        self._distances = {}  # of other data, perhaps
         if not self.networks or stage not in ("fit", "validate"):
             return
         if not getattr(trainer.datamodule, "image_corpora", None):
@@ -70,6 +71,22 @@ class GenerationMetrics(pl.Callback):
             )
         for network in self.networks:
             network.load(trainer.strategy.root_device)
+        for corpus in trainer.datamodule.image_corpora:  # type: ignore[attr-defined]
+            self._check_numbers(trainer.is_global_zero, corpus.name, len(load_split(corpus, "val")))
+
+    def _check_numbers(self, speaks: bool, corpus: str, pictures: int) -> None:
+        """Refuse what has no covariance, and say which distances will be biased."""
+        for network in self.networks:
+            if isinstance(network, Clip):
+                continue
+            if pictures < 2:
+                raise ValueError(f"corpus {corpus!r} has {pictures} validation picture, {network.name} needs 2 or more")
+            if min(self.num_images, pictures) <= network.num_features and speaks:
+                log.warning(
+                    "val/%s/%s is biased, and will be called %s_biased: it is of %d pictures against %d, and the "
+                    "network has %d features; it takes more pictures than features, of both, to compare models",
+                    *(corpus, network.name, network.name, self.num_images, pictures, network.num_features),
+                )
 
     def state_dict(self) -> dict[str, int]:
         """A resumed run measures when an unbroken one does."""
@@ -145,25 +162,13 @@ class GenerationMetrics(pl.Callback):
         generated: list[Tensor],
     ) -> tuple[str, float]:
         """Name and value of a network's metric."""
-        biased = min(self.num_images, len(pictures)) <= network.num_features
         if (corpus, network.name) not in self._distances:
             self._distances[corpus, network.name] = self._referred(trainer, device, network, pictures)
-            if biased and trainer.is_global_zero:
-                log.warning(
-                    "val/%s/%s is biased (and called so): %d pictures against %d, but the network has %d features; "
-                    "for an estimate that is worth comparing, more than %d of both (raise num_images, add "
-                    "validation pictures)",
-                    corpus,
-                    network.name,
-                    self.num_images,
-                    len(pictures),
-                    network.num_features,
-                    network.num_features,
-                )
         distance = self._distances[corpus, network.name]
         distance.reset()
         for features in self._features(network, device, generated.__getitem__, range(len(generated))):
             distance.update(features, real=False)
+        biased = min(self.num_images, len(pictures)) <= network.num_features
         return network.name + ("_biased" if biased else ""), float(distance.compute())
 
     def _referred(

@@ -8,6 +8,7 @@ Legend: N pictures, D features a picture.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tfusion.data.corpora import CaptionedImage, cache_folder
+
+log = logging.getLogger(__name__)
 
 REFERENCE = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")  # torchmetrics' states
 PROBE_TOLERANCE = 1e-2  # of the features' scale: more than devices differ by, less than networks do
@@ -73,12 +76,15 @@ def read_reference(distance: FrechetDistance, path: Path, probe: Tensor) -> bool
 
 
 def write_reference(distance: FrechetDistance, path: Path, probe: Tensor) -> None:
-    """Keep the sums, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keep the sums, whole or not at all; where they cannot be written, training goes on without."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     kept = {name: getattr(distance, name).cpu().contiguous() for name in REFERENCE}
     try:
-        save_file(kept | {"probe": probe.double().cpu().contiguous()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(kept | {"probe": probe.double().cpu().contiguous()}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:  # the latter is safetensors' word for a full disk
+        log.warning("the reference pictures' features are not kept in %s (%s)", path, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,7 +44,9 @@ class Inception:
             )
         self.resize = build_resizer("clean")
         try:
-            self.layers = torch.jit.load(path, map_location=device).eval().layers
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of TorchScript itself, in which the file is written
+                self.layers = torch.jit.load(path, map_location=device).eval().layers
         except (RuntimeError, AttributeError) as error:
             raise ValueError(
                 f"Inception: {str(path)!r} is not clean-fid's TorchScript file ({type(error).__name__}: "
@@ -67,7 +70,7 @@ def _downloaded() -> Path:
     """The file where clean-fid keeps it; whole even if several processes fetch it at once or one is killed."""
     from cleanfid.downloads_helper import check_download_inception
 
-    folder = Path("." if os.name == "nt" else "/tmp")  # as in cleanfid.features
+    folder = _clean_fid_folder()
     path = folder / FILE
     if path.is_file():
         return path
@@ -80,3 +83,8 @@ def _downloaded() -> Path:
             f"put the file there, or give its path as weights"
         ) from error
     return path
+
+
+def _clean_fid_folder() -> Path:
+    """As in cleanfid.features."""
+    return Path("." if os.name == "nt" else "/tmp")
