@@ -265,11 +265,13 @@ def test_the_reference_is_read_again_only_for_the_same_pictures_and_network(tmp_
     assert changed == pytest.approx(4 * value, rel=1e-6)
 
 
-def test_the_reference_is_read_once_a_run(tmp_path: Path) -> None:
+def test_the_reference_is_read_once_a_run_and_the_rest_begins_anew(tmp_path: Path) -> None:
     network = Stub()
     trainer = trainer_of(tmp_path, GenerationMetrics([network], num_images=4), max_steps=6, num_sanity_val_steps=0)
     trainer.fit(Module(), Data(Corpus()))
     assert network.seen == 1 + PICTURES + 3 * 4
+    value = trainer.callback_metrics["val/noise/fd_stub"].item()
+    assert value == pytest.approx(pictures_seen(tmp_path, Stub())[1], rel=1e-6)
 
 
 # Refusals

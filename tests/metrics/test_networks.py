@@ -81,7 +81,7 @@ def test_weights_are_read_and_cast(tmp_path: Path, ending: str) -> None:
     network = loaded(FeatureNetwork(Means().half(), "means", 32, weights=str(path)))
     white = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     assert network.features(white).tolist() == [[3.0, 3.0, 3.0]]
-    assert network.features(white).dtype == torch.float32
+    assert network.features(white).dtype == network.module.weight.dtype == torch.float32
     assert not network.module.training
     assert not any(parameter.requires_grad for parameter in network.module.parameters())
 
@@ -199,6 +199,15 @@ def test_inception_that_is_not_there_says_where_to_put_it(tmp_path: Path, monkey
         Inception(str(tmp_path / "other.pt")).load(CPU)
 
 
+class Broken(io.BytesIO):
+    """An answer that breaks off."""
+
+    def read(self, *size: int) -> bytes:
+        if self.tell():
+            raise ConnectionResetError("the line is dead")
+        return super().read(*size)
+
+
 def test_inception_is_downloaded_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception_file: Path
 ) -> None:
@@ -209,6 +218,9 @@ def test_inception_is_downloaded_whole_or_not_at_all(
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     with pytest.raises(ValueError, match=r"cannot be downloaded to .*no network.*; put the file there, or give its"):
+        Inception().load(CPU)
+    monkeypatch.setattr("urllib.request.urlopen", lambda url: Broken(b"a beginning"))
+    with pytest.raises(ValueError, match="the line is dead"):
         Inception().load(CPU)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("urllib.request.urlopen", lambda url: io.BytesIO(inception_file.read_bytes()))
