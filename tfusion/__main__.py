@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from tfusion.callbacks.bad_records import BadRecordReport
 from tfusion.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, Checkpoint
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.generation_metrics import GenerationMetrics
@@ -122,7 +123,7 @@ class TfusionCLI(LightningCLI):
         if self.subcommand == "fit":
             own = [run_folder.MetricsLogger(root), run_folder.EventsLogger(root)]
             kwargs["logger"] = own + _as_list(config.logger)
-        callbacks.append(TrainingMetrics())
+        callbacks += [BadRecordReport(), TrainingMetrics()]
         if config.accelerator == "auto" and not torch.cuda.is_available():
             kwargs["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sums of losses need
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -199,6 +200,7 @@ def _as_list(value: Any) -> list[Any]:
 def _quieten() -> None:
     """Silence what Lightning says of things that are as we want them; nothing that tfusion says."""
     ignored = [
+        r"LightningCLI's args parameter is intended",  # bench.check_data passes its own
         r"The '\w+' does not have many workers",  # packing is light; data.num_workers is the user's choice
         r"Found \d+ module\(s\) in eval mode",  # ema_model, which never trains
         r"The `srun` command is available",  # a single process is a fine way to run
@@ -230,8 +232,8 @@ def _is_for_the_user(error: BaseException) -> bool:
     return isinstance(error, ValueError) and package.split(".")[0] == "tfusion"
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run `tfusion` with the command line's arguments (or these).
+def run(cli: type[TfusionCLI], args: list[str] | None = None) -> TfusionCLI:
+    """Run a command line with these arguments (None: the process's own).
 
     Exits with 2 and one message where the input is refused; TFUSION_TRACEBACK=1 shows the traceback instead.
     """
@@ -241,7 +243,7 @@ def main(args: list[str] | None = None) -> None:
     if not package.handlers:
         package.addHandler(logging.StreamHandler())
     try:
-        TfusionCLI(
+        return cli(
             pl.LightningModule,
             MultimodalDataModule,
             subclass_mode_model=True,
@@ -263,6 +265,11 @@ def main(args: list[str] | None = None) -> None:
             raise
         sys.stderr.write(f"tfusion: error: {refusals[0]}\n(TFUSION_TRACEBACK=1 shows where)\n")
         sys.exit(2)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `tfusion`."""
+    run(TfusionCLI, args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 from tfusion.decoding import Content, Decoding, Sample
 from tfusion.diffusion import NoiseProcess
 from tfusion.models.transfusion import Transfusion
+from tfusion.pictures import fit_square
 from tfusion.randomness import generator
 from tfusion.requests import Generation, Request
 from tfusion.samplers import Sampler
@@ -92,11 +93,7 @@ class Generator:
     def _latents(self, image: PILImage.Image) -> Tensor:
         """Clean latents (C, h, w) of a picture, resized to the model's size (square, centre crop)."""
         size = self._image_size()
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.convert("RGB").crop((left, top, left + side, top + side))
-        if side != size:
-            image = image.resize((size, size), PILImage.Resampling.LANCZOS)
+        image = fit_square(image.convert("RGB"), size)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
         pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
         return self.image_tokenizer.encode(pixels[None].to(self.device))[0].to(self.dtype)

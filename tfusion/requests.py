@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from PIL import Image as PILImage
 
+from tfusion.pictures import to_rgb
 from tfusion.samplers import SamplerName
 
 Target = Literal["image", "text", "any"]
@@ -120,7 +121,7 @@ def parse_request(line: dict[str, Any] | Request, defaults: GenerationConfig, fo
 
 def _parse_segment(segment: Any, folder: Path) -> Segment:
     if isinstance(segment, PILImage.Image):
-        return on_white(segment)
+        return to_rgb(segment)[0]
     if isinstance(segment, str):
         return segment
     if isinstance(segment, dict) and len(segment) == 1:
@@ -128,23 +129,17 @@ def _parse_segment(segment: Any, folder: Path) -> Segment:
         if kind == "text" and isinstance(value, str):
             return value
         if kind == "image" and isinstance(value, PILImage.Image):
-            return on_white(value)
+            return to_rgb(value)[0]
         if kind == "image" and isinstance(value, (str, Path)):
             path = folder / value
             try:
                 with PILImage.open(path) as image:
-                    return on_white(image)
-            except OSError as error:
+                    return to_rgb(image)[0]
+            except (OSError, ValueError) as error:
                 raise ValueError(
                     f"image {str(path)!r} cannot be read ({error}); give a path relative to the file"
                 ) from error
     raise ValueError(f'segment {segment!r}: expected {{"text": "..."}} or {{"image": "path.png"}}')
-
-
-def on_white(image: PILImage.Image) -> PILImage.Image:
-    """RGB; what is transparent becomes white, as in training, not the black that lies beneath it."""
-    rgba = image.convert("RGBA")
-    return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _is_int(value: Any) -> bool:

@@ -34,10 +34,12 @@ class Image:
     """An image element: `data` is uint8 (3, H, W), or float latents (C, h, w) from a cache.
 
     `noise_limit` is the upper end of the noise range for this image as a fraction: 1 = whole range, 0 = clean.
+    `key` names it in reports.
     """
 
     data: Tensor
     noise_limit: float = 1.0
+    key: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +178,7 @@ class Batch:
     images: Tensor | None = None  # (I, 3, H, W) uint8, or
     latents: Tensor | None = None  # (I, C, h, w) float32
     position: tuple | None = None  # of the data after this step; only on the last micro-batch of a step
+    image_keys: tuple[str, ...] = ()  # (I,) names for reports, "" in empty slots
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy on another device."""
@@ -208,6 +211,7 @@ def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence
     starts = np.zeros(B * K, np.int64)
     valid = np.zeros(B * K, bool)
     limits = np.ones(B * K, np.float32)
+    keys = [""] * (B * K)
     pictures = torch.zeros((B * K, *(shape.image_shape or shape.latent_shape)))
     pictures = pictures.to(torch.uint8) if shape.image_shape else pictures
 
@@ -221,7 +225,7 @@ def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence
             for image, offset in zip(document.images, offsets, strict=True):
                 start = at + offset
                 image_ids[b, start : start + shape.num_patches] = slot
-                starts[slot], valid[slot], limits[slot] = start, True, image.noise_limit
+                starts[slot], valid[slot], limits[slot], keys[slot] = start, True, image.noise_limit, image.key
                 if image.data.shape != pictures.shape[1:] or image.data.dtype != pictures.dtype:
                     raise ValueError(
                         f"an image is {image.data.dtype} {tuple(image.data.shape)}, rows of this run hold "
@@ -253,6 +257,7 @@ def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence
         step_counts=torch.tensor([len(positions), (valid & (limits > 0)).sum()], dtype=torch.float32),
         images=pictures if shape.image_shape else None,
         latents=None if shape.image_shape else pictures,
+        image_keys=tuple(keys),
     )
 
 

@@ -188,5 +188,7 @@ def test_an_unknown_corpus_is_told_which_there_are() -> None:
     """As a YAML's `class_path` meets it."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MultimodalDataModule, "data")
-    with pytest.raises(ArgumentError, match="'OpenMojo': the built-in corpora are OpenMoji, Shakespeare, Shapes"):
+    with pytest.raises(
+        ArgumentError, match="'OpenMojo': the corpora are ImageFiles, OpenMoji, Shakespeare, Shapes, TextFiles"
+    ):
         parser.parse_object({"data": {"image_corpora": [{"class_path": "tfusion.data.OpenMojo"}]}})

@@ -20,10 +20,9 @@ from tfusion.data.mixture import (
     Mixture,
     Stream,
     StreamPosition,
-    TextPieces,
-    cut_text,
 )
 from tfusion.data.order import element
+from tfusion.data.text_pieces import TextPieces, cut_text
 from tfusion.sequence import BOS_ID, EOS_ID, IGNORE_INDEX, Document, Image, RowShape, collate
 
 P = 4
@@ -49,7 +48,7 @@ def make_mixture(byte_tokenizer, pictures, texts):
         shares: tuple[float, float, float] = (0.8, 0.1, 0.5),
     ) -> Mixture:
         return Mixture(
-            None if text is None else TextPieces(text, byte_tokenizer, max_bytes),
+            None if text is None else TextPieces([text], byte_tokenizer, max_bytes),
             None if images is None else CaptionedDocuments(images, byte_tokenizer, 0, *shares),
             shape_of(seq_len, max_images),
             image_share,
@@ -145,13 +144,38 @@ def test_cut_text_keeps_everything_and_cuts_at_line_ends() -> None:
         "".join(lines) + "tail",
     ):
         for most in (1, 7, 64, 10_000):
-            pieces = cut_text(text, most)
-            assert "".join(pieces) == text
-            assert all(pieces)
-            assert all(piece.endswith("\n") for piece in pieces[:-1])
-            assert all(len(piece.encode()) <= most or len(piece.splitlines()) == 1 for piece in pieces)
-            for piece, following in itertools.pairwise(pieces):  # another line would not have fitted
-                assert len((piece + following.splitlines(keepends=True)[0]).encode()) > most
+            data = text.encode()
+            spans = cut_text(data, most)
+            assert b"".join(data[start:end] for start, end in spans) == data
+            for start, end in spans:
+                assert 0 < end - start <= max(most, 2), "a character of two bytes is a piece"
+                assert data[start:end].decode()
+                if end == len(data):
+                    continue
+                line_end = (data.find(b"\n", end) + 1) or len(data)
+                if data[end - 1 : end] == b"\n":
+                    assert line_end - start > most, "another line would have fitted"
+                else:
+                    assert b"\n" not in data[start:end], "only a line that is too long is cut within"
+                    assert line_end - start > most
+
+
+def test_a_line_that_is_too_long_is_cut_at_spaces_or_between_characters() -> None:
+    def pieces(text: str, most: int) -> list[str]:
+        data = text.encode()
+        return [data[start:end].decode() for start, end in cut_text(memoryview(data), most)]
+
+    assert pieces("one two three\nfour\n", 8) == ["one two ", "three\n", "four\n"]
+    assert pieces("éééé", 3) == ["é", "é", "é", "é"]
+    assert pieces("漢漢", 1) == ["漢", "漢"]
+    assert pieces("x" * 10, 4) == ["xxxx", "xxxx", "xx"]
+
+
+def test_a_text_longer_than_a_window_is_cut_alike(monkeypatch) -> None:
+    data = "".join(f"line {n} {'x' * (n % 23)}\n" for n in range(500)).encode()
+    whole = cut_text(data, 50)
+    monkeypatch.setattr("tfusion.data.text_pieces.SCANNED_BYTES", 128)
+    assert cut_text(data, 50) == whole
 
 
 def labelled_pairs(row: Sequence[Document], shape: RowShape, of_texts: bool) -> list[tuple[int, int]]:
@@ -169,7 +193,8 @@ def labelled_pairs(row: Sequence[Document], shape: RowShape, of_texts: bool) -> 
 def test_no_target_of_a_text_is_lost(make_mixture, byte_tokenizer, texts, streams: int, with_images: bool) -> None:
     """Over an epoch, cut by pieces, rows and images, each text gives the labels of `[BOS] text [EOS]` uncut."""
     source, max_bytes = texts.load("train"), 300
-    pieces = [(n, piece) for n, text in enumerate(source) for piece in cut_text(text, max_bytes)]
+    encoded = [text.encode() for text in source]
+    pieces = [(n, data[a:b].decode()) for n, data in enumerate(encoded) for a, b in cut_text(data, max_bytes)]
     overrides = {} if with_images else {"images": None}
     mixture = make_mixture(64, 0.5, streams, max_bytes=max_bytes, **overrides)
     assert len(mixture.texts) == len(pieces) > 15
@@ -197,7 +222,7 @@ def test_no_target_of_a_text_is_lost(make_mixture, byte_tokenizer, texts, stream
 
 def test_pieces_are_a_function_of_their_place(make_mixture, byte_tokenizer) -> None:
     text = "".join(f"{n}\n" for n in range(50))
-    pieces = TextPieces([text, "other\n"], byte_tokenizer, 40)
+    pieces = TextPieces([[text, "other\n"]], byte_tokenizer, 40)
     documents = [pieces[n] for n in range(len(pieces))]
     assert [d.bos for d in documents] == [True, *[False] * (len(pieces) - 2), True]
     assert [d.eos for d in documents] == [*[False] * (len(pieces) - 2), True, True]

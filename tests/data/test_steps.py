@@ -178,4 +178,9 @@ def test_every_field_of_a_batch_is_compared() -> None:
         "noise",
         "images",
     }
-    assert {f.name for f in dataclasses.fields(Batch)} - compared == {"latents", "step_counts", "position"}
+    assert {f.name for f in dataclasses.fields(Batch)} - compared == {
+        "latents",
+        "step_counts",
+        "position",
+        "image_keys",
+    }

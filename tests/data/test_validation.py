@@ -33,7 +33,7 @@ def views(texts, pictures, byte_tokenizer):
     """Makes a view's documents anew."""
     held_out = pictures.load("val")
     return {
-        "lines": lambda: text_documents(texts.load("val"), byte_tokenizer),
+        "lines": lambda: text_documents(texts.load("val"), byte_tokenizer, 10**6),
         "tiles": lambda: caption_documents(held_out, byte_tokenizer, False, 100),
         "tiles" + GIVEN_IMAGE: lambda: caption_documents(held_out, byte_tokenizer, True, 100),
     }

@@ -24,11 +24,13 @@ class CaptionedImage:
         key: names the picture in its corpus, on every machine.
         image: uint8, (3, H, W), RGB.
         captions: one or more, each of which describes the picture by itself.
+        flip: whether training may mirror it.
     """
 
     key: str
     image: torch.Tensor
     captions: tuple[str, ...]
+    flip: bool = False
 
 
 class TextCorpus(Protocol):

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import lightning as L
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from tfusion.data.bad_records import BadRecords
+from tfusion.data.building import (
+    Sizes,
+    check_rows,
+    check_vocab_size,
+    count_bad_records,
+    drop_long_captions,
+    load_texts,
+    make_tokenizer,
+    row_shape,
+)
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, TextCorpus
-from tfusion.data.mixture import CaptionedDocuments, Mixture, TextPieces
+from tfusion.data.mixture import CaptionedDocuments, Mixture
 from tfusion.data.prompts import read_prompts
 from tfusion.data.sources import Concatenated, load_split, to_pil
 from tfusion.data.steps import MicroBatches, StepDataset, StepLayout
+from tfusion.data.text_pieces import TextPieces
 from tfusion.data.validation import GIVEN_IMAGE, ValidationRows, caption_documents, text_documents
 from tfusion.requests import GenerationConfig, Request, parse_request
-from tfusion.sequence import Batch, RowShape
+from tfusion.sequence import Batch
 from tfusion.tokenizers.text import TextTokenizer
-
-CAPTIONS_FOR_TOKENIZER = 10_000  # pictures of all corpora whose captions a tokenizer is trained on
 
 
 class MultimodalDataModule(L.LightningDataModule):
@@ -29,6 +40,8 @@ class MultimodalDataModule(L.LightningDataModule):
     Args:
         image_corpora: captioned pictures, all of one size.
         text_corpora: texts.
+        image_weights: how often each image corpus is drawn from, in proportion; None = each as large as it is.
+        text_weights: the same for text corpora, in bytes.
         vocab_size: of the tokenizer with the 5 special ids; must be the model's.
         tokenizer_file: a `tokenizer.json`; None = byte-level BPE trained on the corpora.
         seq_len: T, positions a row (paper: 4096).
@@ -42,6 +55,8 @@ class MultimodalDataModule(L.LightningDataModule):
         num_workers: processes that make training batches.
         val_rows: rows a validation batch and rank.
         max_val_images: pictures validated a corpus.
+        max_val_characters: of text validated a corpus.
+        max_bad_share: share of a corpus's records that may be bad and are left out; more is an error.
         seed: of order, mixture and noise.
         prompts: `prompts.jsonl` for `predict`.
         predict_batch_size: requests decoded together.
@@ -51,6 +66,8 @@ class MultimodalDataModule(L.LightningDataModule):
         self,
         image_corpora: list[ImageCorpus] | None = None,
         text_corpora: list[TextCorpus] | None = None,
+        image_weights: list[float] | None = None,
+        text_weights: list[float] | None = None,
         vocab_size: int = 4096,
         tokenizer_file: str | None = None,
         seq_len: int = 4096,
@@ -64,30 +81,44 @@ class MultimodalDataModule(L.LightningDataModule):
         num_workers: int = 0,
         val_rows: int = 16,
         max_val_images: int = 1000,
+        max_val_characters: int = 1_000_000,
+        max_bad_share: float = 0.01,
         seed: int = 0,
         prompts: str | None = None,
         predict_batch_size: int = 64,
     ) -> None:
         super().__init__()
         self.image_corpora, self.text_corpora = image_corpora or [], text_corpora or []
+        self.image_weights = None if image_weights is None else tuple(image_weights)
+        self.text_weights = None if text_weights is None else tuple(text_weights)
         self.vocab_size, self.tokenizer_file, self.seq_len = vocab_size, tokenizer_file, seq_len
         self.rows_per_step, self.lanes, self.num_workers, self.seed = rows_per_step, lanes, num_workers, seed
         self.image_share, self.caption_first, self.caption_drop = image_share, caption_first, caption_drop
         self.image_first_noise_limit, self.max_images_per_row = image_first_noise_limit, max_images_per_row
-        self.val_rows, self.max_val_images = val_rows, max_val_images
+        self.val_rows, self.max_val_images, self.max_val_characters = val_rows, max_val_images, max_val_characters
+        self.max_bad_share = max_bad_share
         self.prompts, self.predict_batch_size = prompts, predict_batch_size
         self._check_arguments()
         self.tokenizer: TextTokenizer | None = None
         self.mixture: Mixture | None = None
         self.layout: StepLayout | None = None  # of training
+        self.bad_records = BadRecords(max_bad_share)
         self.val_views: list[str] = []
         self.step, self.positions = 0, {}  # of the data: committed when a whole step has been consumed
 
     def _check_arguments(self) -> None:
-        for name in ("image_share", "caption_first", "caption_drop", "image_first_noise_limit"):
+        for name in ("image_share", "caption_first", "caption_drop", "image_first_noise_limit", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, expected a share between 0 and 1")
-        for name in ("seq_len", "rows_per_step", "lanes", "val_rows", "max_val_images", "predict_batch_size"):
+        for name in (
+            "seq_len",
+            "rows_per_step",
+            "lanes",
+            "val_rows",
+            "max_val_images",
+            "max_val_characters",
+            "predict_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, expected a whole number >= 1")
         if self.num_workers < 0:
@@ -102,6 +133,13 @@ class MultimodalDataModule(L.LightningDataModule):
         names = [corpus.name for corpus in self.image_corpora + self.text_corpora]
         if len(set(names)) < len(names):
             raise ValueError(f"corpora of the same name in {names}: their metrics could not be told apart")
+        for kind in ("image", "text"):
+            weights, number = getattr(self, f"{kind}_weights"), len(getattr(self, f"{kind}_corpora"))
+            if weights is not None and (len(weights) != number or any(weight <= 0 for weight in weights)):
+                raise ValueError(
+                    f"data.{kind}_weights is {list(weights)} for {number} {kind} corpora: expected one number "
+                    "above 0 for each"
+                )
         if self.prompts is not None and not os.path.isfile(self.prompts):
             raise ValueError(f"data.prompts is {self.prompts!r}, which is no file: give the path of a prompts.jsonl")
 
@@ -110,7 +148,7 @@ class MultimodalDataModule(L.LightningDataModule):
         if stage == "predict":
             self._prepare_predict()
             return
-        self._prepare_mixture()
+        self.prepare_mixture(self.trainer.lightning_module)
         if stage == "fit":
             self.step, self.positions = 0, {}
             self.layout = StepLayout(
@@ -132,95 +170,32 @@ class MultimodalDataModule(L.LightningDataModule):
         defaults = getattr(self.trainer.lightning_module, "generation", None) or GenerationConfig()
         self.requests = read_prompts(self.prompts, defaults)
 
-    def _prepare_mixture(self) -> None:
-        texts = []
-        for corpus in self.text_corpora:
-            documents = load_split(corpus, "train")
-            if not any(documents):
-                raise ValueError(f"corpus {corpus.name!r} has only empty texts in its split 'train': give it more data")
-            texts += documents
+    def prepare_data(self) -> None:
+        """Read corpora of files into the cache, in one process of a machine; the others then map it."""
+        for corpus in self.image_corpora + self.text_corpora:
+            if hasattr(corpus, "prepare") and self.trainer.state.fn != "predict":
+                corpus.prepare()
+
+    def prepare_mixture(self, module: Sizes) -> None:
+        """Load the training data and check it against a model, before any time is spent."""
+        corpora = self.image_corpora + self.text_corpora
+        self.bad_records = count_bad_records(corpora, self.max_bad_share)
+        texts = load_texts(self.text_corpora)
         pictures = Concatenated([load_split(corpus, "train") for corpus in self.image_corpora])
-        self.tokenizer = self._make_tokenizer(texts, pictures)
-        shape = self._row_shape()
-        images = None
-        if self.image_corpora:
-            images = CaptionedDocuments(
-                pictures,
-                self.tokenizer,
-                self.seed,
-                self.caption_first,
-                self.caption_drop,
-                self.image_first_noise_limit,
-            )
-            self._check_rows(shape, images)
-        piece_bytes = max(2048, 4 * self.seq_len)
-        self.mixture = Mixture(
-            TextPieces(texts, self.tokenizer, piece_bytes) if texts else None,
-            images,
-            shape,
-            self.image_share if texts else 1.0,
-            self.seed,
-            self.lanes * self.rows_per_step,
-        )
-
-    def _make_tokenizer(self, texts: list[str], pictures: Sequence[CaptionedImage]) -> TextTokenizer:
-        if self.trainer.lightning_module.text_tokenizer is not None:  # of weights that have been loaded
-            tokenizer = self.trainer.lightning_module.text_tokenizer
-        elif self.tokenizer_file is not None:
-            tokenizer = TextTokenizer.from_file(self.tokenizer_file)
-        else:
-            # enough captions to learn from: reading one means drawing or decoding its picture
-            some = [pictures[i] for i in range(min(len(pictures), CAPTIONS_FOR_TOKENIZER))]
-            captions = [caption for picture in some for caption in picture.captions]
-            tokenizer = TextTokenizer.train([*texts, *captions], self.vocab_size)
-        wanted = self.trainer.lightning_module.model_vocab_size
-        if tokenizer.vocab_size != wanted:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {wanted}: "
-                f"set model vocab_size to {tokenizer.vocab_size}, or data.vocab_size to {wanted}"
-            )
-        return tokenizer
-
-    def _row_shape(self) -> RowShape:
-        module = self.trainer.lightning_module
-        if self.seq_len > module.max_seq_len:
-            raise ValueError(
-                f"data.seq_len {self.seq_len} is longer than the model's max_seq_len {module.max_seq_len}: "
-                "make them equal"
-            )
+        # of weights that have been loaded, or made here
+        self.tokenizer = module.text_tokenizer or make_tokenizer(self.tokenizer_file, texts, pictures, self.vocab_size)
+        check_vocab_size(self.tokenizer, module.model_vocab_size)
         size = self.image_corpora[0].image_size if self.image_corpora else None
-        if size is not None and tuple(module.image_tokenizer.latent_shape(size)) != module.latent_shape:
-            raise ValueError(
-                f"pictures of {size} x {size} become latents of {module.image_tokenizer.latent_shape(size)}, "
-                f"the model's latent_shape is {module.latent_shape}: make them equal"
-            )
-        most = self.seq_len // (module.num_patches + 2)
-        if size is not None and most == 0:
-            raise ValueError(
-                f"data.seq_len {self.seq_len} is shorter than one image of {module.num_patches} patches and its "
-                f"markers: take at least {module.num_patches + 4} plus the longest caption, or larger patches"
-            )
-        slots = most if self.max_images_per_row is None else self.max_images_per_row
-        image_shape = None if size is None else (3, size, size)
-        return RowShape(self.seq_len, module.num_patches, slots if size else 0, module.latent_shape, image_shape)
-
-    def _check_rows(self, shape: RowShape, images: CaptionedDocuments) -> None:
-        """The first thousand image documents fit a row, and the slots can hold the share of images."""
-        first = [images.pictures[i] for i in range(min(len(images.pictures), 1000))]
-        captions = [max(map(len, images.tokenizer.encode_batch(picture.captions))) for picture in first]
-        lengths = [length + shape.num_patches + 4 for length in captions]  # BOS, BOI, EOI, EOS
-        if max(lengths) > shape.seq_len:
-            raise ValueError(
-                f"an image document takes {max(lengths)} positions, data.seq_len is {shape.seq_len}: "
-                f"raise it to at least {max(lengths)}, or take larger patches"
-            )
-        reach = shape.max_images * sum(lengths) / len(lengths) / shape.seq_len
-        share = self.image_share if self.text_corpora else 1.0
-        if reach < 0.9 * share:
-            raise ValueError(
-                f"data.max_images_per_row {shape.max_images} fills about {reach:.0%} of a row, data.image_share asks "
-                f"for {share:.0%}: raise the former or lower the latter"
-            )
+        shape = row_shape(self.seq_len, size, self.max_images_per_row, module)
+        share, images = self.image_share if texts else 1.0, None
+        if self.image_corpora:
+            pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
+            check_rows(shape, pictures, self.tokenizer, share)
+            chances = (self.caption_first, self.caption_drop, self.image_first_noise_limit)
+            images = CaptionedDocuments(pictures, self.tokenizer, self.seed, *chances, self.image_weights)
+        piece_bytes = max(2048, 4 * self.seq_len)
+        pieces = TextPieces(texts, self.tokenizer, piece_bytes, self.text_weights) if texts else None
+        self.mixture = Mixture(pieces, images, shape, share, self.seed, self.lanes * self.rows_per_step)
 
     def train_dataloader(self) -> MicroBatches:
         """Micro-batches from the committed position on."""
@@ -234,9 +209,10 @@ class MultimodalDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         """One loader a view, in the order of `val_views`."""
         tokenizer, shape = self.tokenizer, self.mixture.shape
-        documents = [text_documents(load_split(corpus, "val"), tokenizer) for corpus in self.text_corpora]
+        most = self.max_val_characters
+        documents = [text_documents(load_split(corpus, "val"), tokenizer, most) for corpus in self.text_corpora]
         for corpus in self.image_corpora:
-            pictures = load_split(corpus, "val")
+            pictures = self.validation_pictures(corpus)
             for image_first in (False, True):
                 documents.append(caption_documents(pictures, tokenizer, image_first, self.max_val_images))
         loaders = []
@@ -245,6 +221,11 @@ class MultimodalDataModule(L.LightningDataModule):
             rows = ValidationRows(view, view_documents, shape, self.seed, rank, ranks, self.val_rows)
             loaders.append(DataLoader(rows, batch_size=self.val_rows, collate_fn=rows.collate))
         return loaders
+
+    def validation_pictures(self, corpus: ImageCorpus) -> Sequence[CaptionedImage]:
+        """The held-out pictures of a corpus."""
+        pictures = Concatenated([load_split(corpus, "val")])
+        return drop_long_captions(pictures, self.tokenizer, self.mixture.shape, BadRecords(1.0))
 
     def predict_dataloader(self) -> DataLoader:
         """Lists of (number, request); rank r has requests r, r + W, ..."""
@@ -260,10 +241,10 @@ class MultimodalDataModule(L.LightningDataModule):
             first = [pictures[i] for i in range(min(len(pictures), max(num_images, num_captions)))]
             requests += [{"segments": [p.captions[0]], "generate": "image"} for p in first[:num_images]]
             requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions]]
-        lines = [
+        lines = (
             line for corpus in self.text_corpora for text in load_split(corpus, "val") for line in text.splitlines()
-        ]
-        openings = [line for line in lines if len(line) > 30][:num_texts]
+        )
+        openings = list(islice((line[:200] for line in lines if len(line) > 30), num_texts))
         text = {"generate": "text", "temperature": 0.8, "top_p": 0.95}
         requests += [{"segments": [line + "\n"], "seed": i, **text} for i, line in enumerate(openings)]
         return [parse_request(request, defaults) for request in requests]
@@ -319,5 +300,12 @@ class MultimodalDataModule(L.LightningDataModule):
             "image_share": self.image_share,
             "num_texts": len(mixture.texts) if mixture and mixture.texts else 0,
             "num_pictures": len(mixture.images.pictures) if mixture and mixture.images else 0,
+            "weights": [self.image_weights, self.text_weights],
+            "content": [getattr(part, "content", "") for part in self._parts()],
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
         }
+
+    def _parts(self) -> list[Any]:
+        """The training split of each corpus."""
+        texts, images = (self.mixture.texts, self.mixture.images) if self.mixture else (None, None)
+        return (images.pictures.parts if images else []) + (texts.corpora if texts else [])

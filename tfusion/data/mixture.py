@@ -9,12 +9,15 @@ fit out of a look-ahead of 64. A stream's whole state is `StreamPosition`, a few
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tfusion.data.corpora import CaptionedImage
-from tfusion.data.order import element
+from tfusion.data.order import Order
+from tfusion.data.sources import Concatenated
+from tfusion.data.text_pieces import TextPieces
 from tfusion.randomness import seed_from, uniform
 from tfusion.sequence import Document, Image, Row, RowShape
 from tfusion.tokenizers.text import TextTokenizer
@@ -22,42 +25,6 @@ from tfusion.tokenizers.text import TextTokenizer
 logger = logging.getLogger(__name__)
 LOOK_AHEAD = 64  # image documents considered for a row where no text fills gaps
 SHARE_UNIT = 10_000  # deficits are whole numbers of 1 / SHARE_UNIT positions
-
-
-class TextPieces(Sequence[Document]):
-    """Texts cut at line ends into pieces of at most `max_bytes` (one line may be longer); each piece is an element.
-
-    Only a text's first piece has BOS, only its last EOS; the last token of a piece is labelled with the first token
-    of the next. Pieces are tokenised apart, so a piece is a pure function of its place.
-    """
-
-    def __init__(self, texts: Sequence[str], tokenizer: TextTokenizer, max_bytes: int) -> None:
-        self.tokenizer = tokenizer
-        self.pieces = [(text, piece) for text, document in enumerate(texts) for piece in cut_text(document, max_bytes)]
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __getitem__(self, index: int) -> Document:
-        text, piece = self.pieces[index]
-        first = index == 0 or self.pieces[index - 1][0] != text
-        last = index + 1 == len(self.pieces) or self.pieces[index + 1][0] != text
-        next_id = None if last else self.tokenizer.encode(self.pieces[index + 1][1])[0]
-        return Document((self.tokenizer.encode(piece),), bos=first, eos=last, next_id=next_id)
-
-
-def cut_text(text: str, max_bytes: int) -> list[str]:
-    """Pieces of whole lines, as many lines as fit in `max_bytes`; their concatenation is the text."""
-    pieces: list[str] = []
-    piece, size = [], 0
-    for line in text.splitlines(keepends=True):
-        length = len(line.encode())
-        if piece and size + length > max_bytes:
-            pieces.append("".join(piece))
-            piece, size = [], 0
-        piece.append(line)
-        size += length
-    return [*pieces, "".join(piece)] if piece else pieces
 
 
 @dataclass(frozen=True)
@@ -71,6 +38,7 @@ class CaptionedDocuments:
         caption_first: share of documents with the caption before the image (paper: 0.8).
         caption_drop: share of the caption-first documents that lose it, for guidance (JanusFlow, BAGEL: 0.1).
         image_first_noise_limit: upper end of the noise range where the image comes first (paper's table 8: 0.5).
+        weights: how often a picture of each corpus is taken, in proportion; None = all once an epoch.
     """
 
     pictures: Sequence[CaptionedImage]
@@ -79,6 +47,13 @@ class CaptionedDocuments:
     caption_first: float
     caption_drop: float
     image_first_noise_limit: float
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Pictures of each corpus."""
+        parts = self.pictures.parts if isinstance(self.pictures, Concatenated) else [self.pictures]
+        return tuple(map(len, parts))
 
     def get(self, epoch: int, index: int) -> Document:
         """The document of a picture in an epoch."""
@@ -87,12 +62,16 @@ class CaptionedDocuments:
         def chance(what: str) -> float:
             return uniform(what, self.seed, epoch, index)
 
+        pixels = picture.image
+        if picture.flip and chance("flip") < 0.5:
+            pixels = pixels.flip(-1)
         if chance("order") >= self.caption_first:
-            image = Image(picture.image, self.image_first_noise_limit)
+            image = Image(pixels, self.image_first_noise_limit, picture.key)
             return Document((image, self._caption(picture, epoch, index)))
+        image = Image(pixels, key=picture.key)
         if chance("drop") < self.caption_drop:
-            return Document((Image(picture.image),))
-        return Document((self._caption(picture, epoch, index), Image(picture.image)))
+            return Document((image,))
+        return Document((self._caption(picture, epoch, index), image))
 
     def _caption(self, picture: CaptionedImage, epoch: int, index: int) -> list[int]:
         choice = seed_from("caption", self.seed, epoch, index) % len(picture.captions)
@@ -142,8 +121,8 @@ class Mixture:
     def skip(self, stream: int, taken: int, document: Document) -> None:
         """Name a document that fits no row, once, and count it."""
         assert self.images is not None
-        index = stream + taken * self.num_streams
-        key = self.images.pictures[element("image", len(self.images.pictures), self.seed, index)[1]].key
+        _, picture = self._image_order.element(stream + taken * self.num_streams)
+        key = self.images.pictures[picture].key
         if key not in self.skipped:
             self.skipped.add(key)
             length = document.length(self.shape.num_patches)
@@ -153,13 +132,20 @@ class Mixture:
     def text(self, stream: int, taken: int) -> Document:
         """The stream's element number `taken` of the text."""
         assert self.texts is not None
-        return self.texts[element("text", len(self.texts), self.seed, stream + taken * self.num_streams)[1]]
+        return self.texts[self._text_order.element(stream + taken * self.num_streams)[1]]
 
     def image(self, stream: int, taken: int) -> Document:
         """The stream's element number `taken` of the pictures."""
         assert self.images is not None
-        index = stream + taken * self.num_streams
-        return self.images.get(*element("image", len(self.images.pictures), self.seed, index))
+        return self.images.get(*self._image_order.element(stream + taken * self.num_streams))
+
+    @functools.cached_property
+    def _text_order(self) -> Order:
+        return Order("text", self.texts.sizes, self.texts.weights, self.seed)
+
+    @functools.cached_property
+    def _image_order(self) -> Order:
+        return Order("image", self.images.sizes, self.images.weights, self.seed)
 
 
 class Stream:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from PIL import Image as PILImage
@@ -23,19 +25,45 @@ def load_split(corpus: ImageCorpus | TextCorpus, split: str) -> Sequence[Any]:
     return documents
 
 
+def captions_of(pictures: Sequence[CaptionedImage], index: int) -> tuple[str, ...]:
+    """A picture's captions, without reading the picture where the corpus can."""
+    return pictures.captions(index) if hasattr(pictures, "captions") else pictures[index].captions
+
+
 class Concatenated(Sequence[Any]):
     """Several corpora as one, each as large as it is."""
 
-    def __init__(self, parts: list[Sequence[Any]]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self.parts = list(parts)
+        self._starts = [0, *accumulate(map(len, self.parts))]
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Any:
+        part, place = self._find(index)
+        return part[place]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """As `captions_of`."""
+        return captions_of(*self._find(index))
+
+    def _find(self, index: int) -> tuple[Sequence[Any], int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
+        part = bisect_right(self._starts, index) - 1
+        return self.parts[part], index - self._starts[part]
+
+
+class EncodedTexts:
+    """Texts in memory, by their bytes."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = [text.encode() for text in texts]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def utf8(self, index: int) -> memoryview:
+        """A text's bytes."""
+        return memoryview(self._texts[index])

@@ -18,10 +18,13 @@ from tfusion.tokenizers.text import TextTokenizer
 GIVEN_IMAGE = "/given_image"
 
 
-def text_documents(texts: Sequence[str], tokenizer: TextTokenizer) -> Iterator[Document]:
-    """Whole texts."""
+def text_documents(texts: Sequence[str], tokenizer: TextTokenizer, most: int) -> Iterator[Document]:
+    """Whole texts, the first `most` characters of them."""
     for text in texts:
-        yield Document((tokenizer.encode(text),))
+        if most <= 0:
+            return
+        yield Document((tokenizer.encode(text[:most]),), eos=len(text) <= most)
+        most -= len(text)
 
 
 def caption_documents(

@@ -1,0 +1,135 @@
+"""From corpora to what a run trains on: loaded, tokenised, checked against the model, before any time is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tfusion.data.bad_records import BadRecords
+from tfusion.data.corpora import CaptionedImage, ImageCorpus, TextCorpus
+from tfusion.data.sources import Concatenated, captions_of, load_split
+from tfusion.sequence import RowShape
+from tfusion.tokenizers.text import TextTokenizer
+
+CAPTIONS_FOR_TOKENIZER = 10_000  # pictures of all corpora whose captions a tokenizer is trained on
+BYTES_FOR_TOKENIZER = 50_000_000  # of all texts; more change little
+
+
+class Sizes(Protocol):
+    """What a LightningModule says of its model to the data."""
+
+    max_seq_len: int
+    num_patches: int
+    latent_shape: tuple[int, int, int]
+    model_vocab_size: int
+    image_tokenizer: Any
+
+
+def load_texts(corpora: Sequence[TextCorpus]) -> list[Sequence[str]]:
+    """The training texts of each corpus."""
+    loaded = []
+    for corpus in corpora:
+        texts = load_split(corpus, "train")
+        stored = hasattr(texts, "utf8")  # checked when it was read
+        if not stored and not any(texts):
+            raise ValueError(f"corpus {corpus.name!r} has only empty texts in its split 'train': give it more data")
+        loaded.append(texts)
+    return loaded
+
+
+def count_bad_records(corpora: Sequence[ImageCorpus | TextCorpus], max_share: float) -> BadRecords:
+    """Those of corpora of files; raises ValueError where they are too many."""
+    found = BadRecords(max_share)
+    for corpus in corpora:
+        for table in corpus.tables() if hasattr(corpus, "tables") else []:
+            found.add(table.bad, corpus.name, len(table.dataset))
+    found.check()
+    return found
+
+
+def make_tokenizer(
+    file: str | None, texts: Sequence[Sequence[str]], pictures: Sequence[CaptionedImage], vocab_size: int
+) -> TextTokenizer:
+    """A tokenizer from a file, or trained on enough of the corpora to learn from."""
+    if file is not None:
+        return TextTokenizer.from_file(file)
+    # Reading a caption may mean drawing its picture.
+    captions = [c for i in range(min(len(pictures), CAPTIONS_FOR_TOKENIZER)) for c in captions_of(pictures, i)]
+    some, room = [], BYTES_FOR_TOKENIZER
+    for corpus in texts:
+        room_here = room // max(1, len(texts))
+        for text in corpus:
+            if room_here <= 0:
+                break
+            some.append(text if len(text) <= room_here else text[:room_here])
+            room_here -= len(text)
+    return TextTokenizer.train([*some, *captions], vocab_size)
+
+
+def check_vocab_size(tokenizer: TextTokenizer, wanted: int) -> None:
+    """Raise ValueError unless tokenizer and model agree."""
+    if tokenizer.vocab_size != wanted:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {wanted}: "
+            f"set model vocab_size to {tokenizer.vocab_size}, or data.vocab_size to {wanted}"
+        )
+
+
+def row_shape(seq_len: int, image_size: int | None, max_images_per_row: int | None, sizes: Sizes) -> RowShape:
+    """The static sizes of a row; raises ValueError where data and model do not fit each other."""
+    if seq_len > sizes.max_seq_len:
+        raise ValueError(
+            f"data.seq_len {seq_len} is longer than the model's max_seq_len {sizes.max_seq_len}: make them equal"
+        )
+    latents = None if image_size is None else tuple(sizes.image_tokenizer.latent_shape(image_size))
+    if latents is not None and latents != sizes.latent_shape:
+        raise ValueError(
+            f"pictures of {image_size} x {image_size} become latents of {latents}, the model's latent_shape is "
+            f"{sizes.latent_shape}: make them equal"
+        )
+    most = seq_len // (sizes.num_patches + 2)
+    if image_size is not None and most == 0:
+        raise ValueError(
+            f"data.seq_len {seq_len} is shorter than one image of {sizes.num_patches} patches and its "
+            f"markers: take at least {sizes.num_patches + 4} plus the longest caption, or larger patches"
+        )
+    slots = most if max_images_per_row is None else max_images_per_row
+    image_shape = None if image_size is None else (3, image_size, image_size)
+    return RowShape(seq_len, sizes.num_patches, slots if image_size else 0, sizes.latent_shape, image_shape)
+
+
+def drop_long_captions(
+    pictures: Concatenated, tokenizer: TextTokenizer, shape: RowShape, bad: BadRecords
+) -> Concatenated:
+    """Without captions that fit no row, where a corpus can tell without reading its pictures."""
+    most = shape.seq_len - shape.num_patches - 4  # BOS, BOI, EOI, EOS
+    parts = []
+    for part in pictures.parts:
+        if hasattr(part, "drop_long_captions"):
+            part, records = part.drop_long_captions(
+                most, lambda captions: list(map(len, tokenizer.encode_batch(captions)))
+            )
+            bad.add(records)
+        parts.append(part)
+    bad.check()
+    return Concatenated(parts)
+
+
+def check_rows(
+    shape: RowShape, pictures: Sequence[CaptionedImage], tokenizer: TextTokenizer, image_share: float
+) -> None:
+    """The first thousand image documents fit a row, and the slots can hold the share of images."""
+    first = [captions_of(pictures, i) for i in range(min(len(pictures), 1000))]
+    longest = [max(map(len, tokenizer.encode_batch(captions))) for captions in first]
+    lengths = [length + shape.num_patches + 4 for length in longest]  # BOS, BOI, EOI, EOS
+    if max(lengths) > shape.seq_len:
+        raise ValueError(
+            f"an image document takes {max(lengths)} positions, data.seq_len is {shape.seq_len}: "
+            f"raise it to at least {max(lengths)}, or take larger patches"
+        )
+    reach = shape.max_images * sum(lengths) / len(lengths) / shape.seq_len
+    if reach < 0.9 * image_share:
+        raise ValueError(
+            f"data.max_images_per_row {shape.max_images} fills about {reach:.0%} of a row, data.image_share asks "
+            f"for {image_share:.0%}: raise the former or lower the latter"
+        )

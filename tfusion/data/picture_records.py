@@ -1,0 +1,195 @@
+"""How a captioned picture is read out of a user's files, from each of four formats; what is wrong with it is said.
+
+`picture_formats` lists the parts ("units") that a corpus is read in; here a unit becomes rows of a table.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tfusion.data.records import bad, content_hash
+from tfusion.pictures import BadPicture, decode
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+CAPTION_COLUMNS = ("captions", "caption", "text")
+MOST_CAPTION_BYTES = 2**16
+COLUMNS = {
+    "captions": datasets.List(datasets.Value("string")),
+    "pixels": datasets.Value("large_binary"),  # uint8 (3, S, S): mapped and used as they are
+    "width": datasets.Value("int32"),  # in the file
+    "height": datasets.Value("int32"),
+    "notes": datasets.Value("string"),  # what had to be converted
+}
+EMPTY = {"captions": [], "pixels": b"", "width": 0, "height": 0, "notes": ""}
+
+
+def read_pictures(unit: tuple, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The records of a unit, rows of `records.COMMON` and `COLUMNS`."""
+    reader = {"bad": _read_bad, "file": _read_file, "tar": _read_tar, "parquet": _read_parquet}[unit[0]]
+    yield from reader(*unit[1:], options)
+
+
+def make_record(
+    key: str, file: str, data: bytes, extension: str, captions: list[str], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Decode, check, and bring to size."""
+    try:
+        usable = [caption for caption in captions if 0 < len(caption.encode()) <= MOST_CAPTION_BYTES]
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
+        return bad(key, file, "not UTF-8", str(error)) | EMPTY
+    if not usable:
+        cause = "enormous caption" if any(captions) else "no caption"
+        return bad(key, file, cause) | EMPTY
+    try:
+        decoded = decode(data, options["image_size"], options["resize"], extension)
+    except BadPicture as error:
+        return bad(key, file, error.cause, error.detail) | EMPTY
+    pixels = decoded.pixels.tobytes()
+    return {
+        "key": key,
+        "file": file,
+        "content": content_hash(pixels, *[caption.encode() for caption in usable]),
+        "cause": "",
+        "detail": "",
+        "captions": usable,
+        "pixels": pixels,
+        "width": decoded.width,
+        "height": decoded.height,
+        "notes": ", ".join(decoded.notes),
+    }
+
+
+def as_captions(value: Any) -> list[str]:
+    """Captions out of a column: a string, a list of strings, or nothing."""
+    values = value if isinstance(value, list) else [value]
+    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+
+
+def caption_lines(data: bytes) -> list[str]:
+    """A caption a line; raises UnicodeDecodeError."""
+    return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+
+
+def parse_json(line: bytes) -> dict[str, Any] | str:
+    """An object, or what is wrong with the line."""
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 at byte {error.start + 1}"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return value if isinstance(value, dict) else f"not a JSON object but {type(value).__name__}"
+
+
+def wanted(row: dict[str, Any], where: dict[str, Any] | None) -> bool:
+    def same(found: Any, value: Any) -> bool:
+        return found == value or (isinstance(found, str) and found.lower() == str(value).lower())  # CSV has no types
+
+    return all(same(row.get(column), value) for column, value in (where or {}).items())
+
+
+def _read_bad(key: str, file: str, cause: str, detail: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield bad(key, file, cause, detail) | EMPTY
+
+
+def _read_file(key: str, path: str, file: str, captions: str | list[str], options: dict[str, Any]) -> Iterator[dict]:
+    """A picture file and its captions, or the file that they are in."""
+    try:
+        texts = captions if isinstance(captions, list) else caption_lines(Path(captions).read_bytes())
+        yield make_record(key, file, Path(path).read_bytes(), Path(path).suffix[1:], texts, options)
+    except UnicodeDecodeError as error:
+        yield bad(key, f"{file.rsplit('.', 1)[0]}.txt", "not UTF-8", f"byte {error.start + 1}") | EMPTY
+    except OSError as error:
+        yield bad(key, file, "no picture", f"{type(error).__name__}: {error.strerror}") | EMPTY
+
+
+def _read_tar(path: str, name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The samples of a WebDataset shard: neighbours of one key, the name up to the first dot of its last part."""
+    seen: set[str] = set()
+    key, members = None, {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if not member.isfile() or Path(member.name).name.startswith("."):
+                    continue
+                folder, _, last = member.name.rpartition("/")
+                stem, _, extension = last.partition(".")
+                this = f"{folder}/{stem}" if folder else stem
+                if this != key and key is not None:
+                    yield _sample(name, key, members, seen, options)
+                    members = {}
+                key = this
+                content = tar.extractfile(member).read() if _is_wanted(extension) else b""  # type: ignore[union-attr]
+                members.setdefault(extension.lower(), []).append(content)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        yield bad(key or "", name, "truncated shard", f"{type(error).__name__}: {error}, after {key!r}") | EMPTY
+        return
+    if key is not None:
+        yield _sample(name, key, members, seen, options)
+
+
+def _is_wanted(extension: str) -> bool:
+    return extension.lower() in ("txt", "json") or f".{extension.lower().split('.')[-1]}" in PICTURES
+
+
+def _sample(
+    name: str, key: str, members: dict[str, list[bytes]], seen: set[str], options: dict[str, Any]
+) -> dict[str, Any]:
+    full_key = f"{name}/{key}"
+    pictures = [(ext, data) for ext, many in members.items() if f".{ext.split('.')[-1]}" in PICTURES for data in many]
+    if key in seen or len(pictures) > 1:
+        return bad(full_key, name, "duplicate key", "the shard has it twice") | EMPTY
+    seen.add(key)
+    if not pictures:
+        return bad(full_key, name, "no picture", f"only {', '.join(members)}") | EMPTY
+    captions: list[str] = []
+    try:
+        if "txt" in members:
+            captions = caption_lines(members["txt"][0])
+        elif "json" in members:
+            row = parse_json(members["json"][0])
+            if isinstance(row, str):
+                return bad(full_key, name, "unreadable line", row) | EMPTY
+            names = (options["caption_column"],) if options["caption_column"] else CAPTION_COLUMNS
+            captions = next((as_captions(row[column]) for column in names if column in row), [])
+    except UnicodeDecodeError as error:
+        return bad(full_key, name, "not UTF-8", f"byte {error.start + 1} of its caption") | EMPTY
+    [(extension, data)] = pictures
+    return make_record(full_key, name, data, extension.split(".")[-1], captions, options)
+
+
+def _read_parquet(
+    path: str, name: str, group: int, first: int, of_image: str, of_caption: str, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    columns = list(dict.fromkeys([of_image, of_caption, *(options["where"] or {})]))
+    number = first
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(64, row_groups=[group], columns=columns):
+            for i in range(batch.num_rows):
+                yield from _parquet_row(batch, i, f"{name}:{number}", name, of_image, of_caption, options)
+                number += 1
+    except Exception as error:  # pyarrow's, of a broken page
+        yield bad(f"{name}:{number}", name, "broken parquet", f"{type(error).__name__}: {error}") | EMPTY
+
+
+def _parquet_row(
+    batch: pa.RecordBatch, index: int, key: str, name: str, of_image: str, of_caption: str, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    if options["where"] and not wanted({c: batch[c][index].as_py() for c in options["where"]}, options["where"]):
+        return
+    try:
+        captions = as_captions(batch[of_caption][index].as_py())
+    except UnicodeDecodeError as error:
+        yield bad(key, name, "not UTF-8", f"byte {error.start + 1} of its caption") | EMPTY
+        return
+    image = batch[of_image][index].as_py()
+    data = image.get("bytes") if isinstance(image, dict) else image
+    yield make_record(key, name, data or b"", "", captions, options)

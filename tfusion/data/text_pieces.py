@@ -1,0 +1,116 @@
+"""Texts cut into pieces that fit a few rows, the elements that streams take: places are held, texts stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from tfusion.data.sources import EncodedTexts
+from tfusion.sequence import Document
+from tfusion.tokenizers.text import TextTokenizer
+
+SCANNED_BYTES = 2**24  # at a time
+
+
+class TextPieces(Sequence[Document]):
+    """Texts cut at line ends into pieces of at most `max_bytes`; each piece is an element.
+
+    Only a text's first piece has BOS, only its last EOS; the last token of a piece is labelled with the first token
+    of the next. Pieces are tokenised apart, so a piece is a pure function of its place.
+
+    Args:
+        texts: of each corpus.
+        tokenizer: of the texts.
+        max_bytes: UTF-8 bytes of a piece.
+        weights: shares of the corpora, in bytes read; None = each as large as it is.
+
+    Attributes:
+        sizes: pieces of each corpus.
+        weights: how often a piece of each corpus is taken, in proportion, or None.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Sequence[str]],
+        tokenizer: TextTokenizer,
+        max_bytes: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.corpora = [corpus if hasattr(corpus, "utf8") else EncodedTexts(corpus) for corpus in texts]
+        # (text, start, end) of each piece of each corpus: 24 bytes a piece
+        self.pieces = [
+            np.array(
+                [(n, *span) for n in range(len(corpus)) for span in cut_text(corpus.utf8(n), max_bytes)], np.int64
+            ).reshape(-1, 3)
+            for corpus in self.corpora
+        ]
+        self.sizes = tuple(map(len, self.pieces))
+        self._starts = [0, *accumulate(self.sizes)]
+        self.weights = None
+        if weights is not None:
+            mean_bytes = [float((spans[:, 2] - spans[:, 1]).mean()) for spans in self.pieces]
+            self.weights = tuple(weight / size for weight, size in zip(weights, mean_bytes, strict=True))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        corpus = int(np.searchsorted(self._starts, index, side="right")) - 1
+        place, pieces = index - self._starts[corpus], self.pieces[corpus]
+        text = pieces[place, 0]
+        first = place == 0 or pieces[place - 1, 0] != text
+        last = place + 1 == len(pieces) or pieces[place + 1, 0] != text
+        next_id = None if last else self._encode(corpus, place + 1)[0]
+        return Document((self._encode(corpus, place),), bos=bool(first), eos=bool(last), next_id=next_id)
+
+    def _encode(self, corpus: int, place: int) -> list[int]:
+        text, start, end = map(int, self.pieces[corpus][place])
+        return self.tokenizer.encode(bytes(self.corpora[corpus].utf8(text)[start:end]).decode())
+
+
+def cut_text(data: memoryview | bytes, max_bytes: int) -> list[tuple[int, int]]:
+    """(start, end) in bytes of pieces of whole lines, as many lines as fit in `max_bytes`.
+
+    A line that is longer is cut after its last space that fits, else between two characters.
+    """
+    spans, start = [], 0
+    while start < len(data):
+        # Line ends of a window at a time, so that a long text costs no multiple of itself in memory.
+        window = data[start : start + max(SCANNED_BYTES, 2 * max_bytes)]
+        ends = np.flatnonzero(np.frombuffer(window, np.uint8) == ord("\n")) + 1
+        whole = start + len(window) == len(data)
+        at = 0
+        while at < len(window):
+            last = int(np.searchsorted(ends, at + max_bytes, side="right")) - 1
+            if len(window) - at <= max_bytes:
+                if not whole:
+                    break  # the next window says where its lines end
+                end = len(window)
+            elif last >= 0 and ends[last] > at:
+                end = int(ends[last])
+            else:
+                end = _cut_line(window, at, max_bytes)
+            spans.append((start + at, start + end))
+            at = end
+        start += at
+    return spans
+
+
+def _cut_line(data: memoryview | bytes, start: int, max_bytes: int) -> int:
+    """Where to cut a line that is too long."""
+    space = bytes(data[start : start + max_bytes]).rfind(b" ")
+    if space > 0:
+        return start + space + 1
+    end = start + max_bytes
+    while end > start and data[end] & 0xC0 == 0x80:  # within a character
+        end -= 1
+    if end == start:  # a character of more bytes than a piece
+        end = start + 1
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end += 1
+    return end

@@ -1,0 +1,116 @@
+"""Any picture file as a square RGB picture: what training does with a corpus, generation does with a prompt.
+
+Transparency becomes white, 16 bits become 8, EXIF rotation is applied, CMYK and palettes are converted, and of an
+animation the first frame is taken. What cannot be read raises `BadPicture`, which says why in a few words.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+Resize = Literal["crop", "squash"]
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be used: `cause` is one of a few, for counting, `detail` says more."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(f"{cause} ({detail})" if detail else cause)
+        self.cause, self.detail = cause, detail
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """`pixels` uint8 (3, S, S); the size in the file, before any resizing; what had to be converted, if anything."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+    notes: tuple[str, ...]
+
+
+def decode(data: bytes, size: int, resize: Resize = "crop", extension: str = "") -> Decoded:
+    """The bytes of a picture file as pixels.
+
+    Args:
+        data: the file.
+        size: S, side in pixels.
+        resize: see `fit_square`.
+        extension: of the file's name, "jpg" or "": a wrong one is noted, the content decides.
+
+    Raises:
+        BadPicture: empty, not a picture, broken or cut off, or of more pixels than PIL accepts (178,956,970).
+    """
+    if not data:
+        raise BadPicture("zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of large pictures and odd metadata; it raises where it matters
+            with PILImage.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                notes = _wrong_extension(image.format, extension)
+                image.draft(image.mode, (2 * size, 2 * size))  # JPEG: decode at a fraction of the size, if large
+                image.load()
+                rgb, converted = to_rgb(image)
+        pixels = np.asarray(fit_square(rgb, size, resize)).transpose(2, 0, 1)
+        return Decoded(np.ascontiguousarray(pixels), width, height, notes + converted)
+    except BadPicture:
+        raise
+    except PILImage.UnidentifiedImageError as error:
+        raise BadPicture("not a picture") from error
+    except PILImage.DecompressionBombError as error:
+        raise BadPicture("pixel bomb", str(error).split(",")[0]) from error
+    except Exception as error:  # PIL's decoders raise whatever broken bytes lead to
+        cause = "truncated picture" if "truncated" in str(error) else "broken picture"
+        raise BadPicture(cause, f"{type(error).__name__}: {error}") from error
+
+
+def to_rgb(image: PILImage.Image) -> tuple[PILImage.Image, tuple[str, ...]]:
+    """The picture in RGB as a person sees it, and what was converted."""
+    notes = []
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append("animation: first frame")
+        image.seek(0)
+    if image.getexif().get(0x0112, 1) != 1:  # orientation
+        notes.append("EXIF rotation")
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, and what PIL reads as 32: `convert` would clip at 255
+        notes.append("16 bit")
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = PILImage.fromarray((values // 256 if values.max(initial=0) > 255 else values).astype(np.uint8))
+    if image.mode == "F":
+        raise BadPicture("floating-point picture", "no one knows its range; save it with 8 bits")
+    if image.mode in ("P", "CMYK"):
+        notes.append("palette" if image.mode == "P" else "CMYK")
+    if image.has_transparency_data:
+        notes.append("alpha")
+        rgba = image.convert("RGBA")
+        # white, as most pictures' ground, not whatever lies beneath
+        image = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB"), tuple(notes)
+
+
+def fit_square(image: PILImage.Image, size: int, resize: Resize = "crop") -> PILImage.Image:
+    """An RGB picture at `size` x `size`: its centre square ("crop"), or all of it out of proportion ("squash")."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side) if resize == "crop" else (0, 0, width, height)
+    if (width, height) == (size, size):
+        return image
+    return image.resize((size, size), PILImage.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def _wrong_extension(found: str | None, extension: str) -> tuple[str, ...]:
+    """A note where a file's name promises another format than it has."""
+    formats = PILImage.registered_extensions()  # {".jpg": "JPEG", ...}
+    promised = formats.get(f".{extension.lower()}")
+    # MPO is a JPEG with a second picture, as some phones write.
+    return () if promised is None or found in (promised, "MPO") else (f"wrong extension: {found} as .{extension}",)
