@@ -36,7 +36,7 @@ class GenerationMetrics(pl.Callback):
     Args:
         networks: what to measure with; none = nothing is generated.
         num_images: samples a corpus (clean-fid, and most papers: 50000 or all of a validation set).
-        every_n_steps: optimizer steps between measurements; 1 = at every validation.
+        every_n_steps: optimizer steps between measurements; 1 = at every validation, as `best.monitor` wants it.
         batch_size: pictures generated, and measured, together on a rank.
     """
 
