@@ -400,3 +400,34 @@ def test_only_its_own_refusals_lose_their_traceback() -> None:
     assert cli._is_for_the_user(error_of(lambda: run_folder.find_checkpoint(Path("x"), "last")))
     assert not cli._is_for_the_user(error_of(lambda: int("x")))
     assert not cli._is_for_the_user(error_of(lambda: torch.zeros(2) + torch.zeros(3)))
+
+
+# Generation metrics
+
+
+NETWORK = {
+    "class_path": "tfusion.metrics.FeatureNetwork",
+    "init_args": {"module": "torch.nn.Flatten", "name": "pixels", "image_size": 1},  # the mean of each channel
+}
+
+
+def test_networks_in_yaml_measure_in_fit_and_in_validate_of_its_config(tmp_path: Path) -> None:
+    metrics = {"generation_metrics": {"num_images": 5, "networks+": [NETWORK]}}
+    (tmp_path / "metrics.yaml").write_text(yaml.safe_dump(metrics | {"best": {"monitor": "val/grey/fd_pixels"}}))
+    files = ["--config", str(write_config(tmp_path)), "--config", "metrics.yaml"]
+    code, output = tfusion(tmp_path, "fit", *files)
+    assert code == 0, output
+    assert "grey: 5 pictures generated" in output
+    values = [row["val/grey/fd_pixels"] for row in rows(tmp_path / "run") if row["val/grey/fd_pixels"]]
+    assert len(values) == STEPS // 3
+    code, output = tfusion(tmp_path, "validate", "--config", "run/config.yaml", "--ckpt_path", "last")
+    assert code == 0, output
+    assert f"{'val/grey/fd_pixels':<40} {float(values[-1]):.4f}" in output
+
+
+def test_a_network_that_cannot_be_loaded_is_said_before_training(tmp_path: Path) -> None:
+    files = ["--config", str(write_config(tmp_path)), "--generation_metrics.networks+", "tfusion.metrics.Inception"]
+    code, output = tfusion(tmp_path, "fit", *files, "--generation_metrics.networks.weights", "none.pt")
+    assert code == 2
+    assert "tfusion: error: Inception: got weights 'none.pt', which is no file" in output
+    assert "step 1" not in output

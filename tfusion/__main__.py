@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from tfusion.callbacks.bad_records import BadRecordReport
 from tfusion.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, Checkpoint
 from tfusion.callbacks.ema import EMA
+from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.callbacks.perplexity import Perplexity
 from tfusion.callbacks.progress import LossProgressBar
 from tfusion.callbacks.samples import SampleGrid
@@ -82,6 +83,7 @@ class TfusionCLI(LightningCLI):
         """Make callbacks argument groups: `--checkpoint.every_n_train_steps 5`, `--ema.decay 0.999`, ..."""
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Perplexity, "metrics")
+        parser.add_lightning_class_args(GenerationMetrics, "generation_metrics")
         parser.add_lightning_class_args(SampleGrid, "samples")
         parser.add_lightning_class_args(PredictionWriter, "writer")
         # Before `checkpoint`, so that last.ckpt holds the score of the validation just done.

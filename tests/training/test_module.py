@@ -43,6 +43,20 @@ def test_frozen_autoencoder_trains_nothing_and_is_in_no_checkpoint(
     assert generation.segments[0].size == (8, 8)
 
 
+def test_batches_of_requests_change_nothing(tiny_module, byte_tokenizer):
+    module = tiny_module(generation=GenerationConfig(num_inference_steps=2)).double()
+    module.materialize("cpu")
+    module.text_tokenizer = byte_tokenizer
+    requests = [{"segments": [name], "generate": "image", "seed": n} for n, name in enumerate(("red", "lime", "teal"))]
+    whole, parts = (module.generate(requests, [7, 8, 9], batch_size=size) for size in (None, 2))
+    assert [generation.request for generation in parts] == [7, 8, 9]
+    for one, other in zip(whole, parts, strict=True):
+        assert one.segments[0].tobytes() == other.segments[0].tobytes()
+    assert module.generate([], [], batch_size=2) == []
+    with pytest.raises(ValueError, match="request 1: its prompt"):
+        module.generate([requests[0], {"segments": ["x" * 99], "generate": "image"}], batch_size=1)
+
+
 def test_everything_but_training_uses_the_averaged_weights(tiny_module, tiny_data, tiny_trainer):
     module = tiny_module(generation=GenerationConfig(num_inference_steps=2, max_new_tokens=4))
     trainer = tiny_trainer(3, callbacks=[EMA(0.9)])

@@ -1,6 +1,20 @@
-"""What is measured, as torchmetrics Metrics."""
+"""What is measured, as torchmetrics Metrics, and the networks that some of it is measured with."""
 
+from tfusion.metrics.clip_score import Clip, ClipScore
+from tfusion.metrics.frechet import FrechetDistance
 from tfusion.metrics.image import DiffusionLoss
+from tfusion.metrics.inception import Inception
+from tfusion.metrics.networks import FeatureNetwork, ImageFeatures
 from tfusion.metrics.text import TextLoss, token_bytes
 
-__all__ = ["DiffusionLoss", "TextLoss", "token_bytes"]
+__all__ = [
+    "Clip",
+    "ClipScore",
+    "DiffusionLoss",
+    "FeatureNetwork",
+    "FrechetDistance",
+    "ImageFeatures",
+    "Inception",
+    "TextLoss",
+    "token_bytes",
+]

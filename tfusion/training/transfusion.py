@@ -230,13 +230,17 @@ class TransfusionModule(L.LightningModule):
         return self.generate([request for _, request in batch], [number for number, _ in batch])
 
     def generate(
-        self, requests: Sequence[Request | dict[str, Any]], numbers: list[int] | None = None
+        self,
+        requests: Sequence[Request | dict[str, Any]],
+        numbers: list[int] | None = None,
+        batch_size: int | None = None,
     ) -> list[Generation]:
         """Samples from the evaluation weights, in bf16 where the trainer computes in bf16.
 
         Args:
             requests: as in `prompts.jsonl`; what a request leaves out comes from `generation`.
             numbers: what the requests are called; None = 0, 1, ...
+            batch_size: requests decoded together; None = all.
 
         Raises:
             ValueError: a request that cannot be met, before any work.
@@ -246,7 +250,12 @@ class TransfusionModule(L.LightningModule):
         if "bf16" in str(self.precision if self._trainer is None else self.trainer.precision):
             model = bf16_copy(model)  # callbacks run outside autocast, and predict's re-casts at every call
         with torch.autocast(model.embedding.weight.device.type, enabled=False):  # predict_step runs inside Lightning's
-            return self._generator(model).generate(parsed, numbers)
+            generator = self._generator(model)
+            names = list(range(len(parsed))) if numbers is None else numbers
+            generator.check(parsed, names)
+            size = batch_size or max(1, len(parsed))
+            parts = [slice(first, first + size) for first in range(0, len(parsed), size)]
+            return [made for part in parts for made in generator.generate(parsed[part], names[part])]
 
     def _generator(self, model: Transfusion) -> Generator:
         return Generator(model, self.process, self._text_tokenizer(), self.image_tokenizer)
