@@ -28,7 +28,8 @@ TIERS = [
     {"data.datamodule", "training.optim", "training.compatibility", "training.run_folder"},
     {"training.transfusion", "callbacks"},
     {"loading"},
-    {"__main__", "bench"},
+    {"__main__"},
+    {"bench"},
 ]
 # A package's own pieces may import each other.
 FAMILIES = ("tokenizers", "metrics", "callbacks", "bench", "models", "training", "data.shapes")
