@@ -18,6 +18,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def parameter_names(module: nn.Module, groups: Iterable[dict]) -> list[list[str]]:
+    """What the module calls the parameters of each group, in their order."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
+
+
 def adamw(groups: Iterable[dict], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     """One kernel for all parameters."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
