@@ -251,11 +251,23 @@ def _is_for_the_user(error: BaseException) -> bool:
     return isinstance(error, ValueError) and package.split(".")[0] == "tfusion"
 
 
+def _rank_zero_ends(parent: int) -> bool:
+    """Wait a little for rank 0 to say the same, for refusals are alike on all ranks; say whether it has.
+
+    It is this process's parent, and gone then, or has a launcher (torchrun), which ends this process, too.
+    """
+    deadline_s = time.monotonic() + RANK_ZERO_S
+    while os.getppid() == parent and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return os.getppid() != parent
+
+
 def main(args: list[str] | None = None) -> None:
     """Run `tfusion` with the command line's arguments (or these).
 
     Exits with 2 and one message where the input is refused; TFUSION_TRACEBACK=1 shows the traceback instead.
     """
+    parent = os.getppid()
     _quieten()
     package = logging.getLogger("tfusion")
     package.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
@@ -282,8 +294,8 @@ def main(args: list[str] | None = None) -> None:
         refusals = [cause for cause in _chain(error) if _is_for_the_user(cause)]
         if os.environ.get("TFUSION_TRACEBACK") == "1" or not refusals:
             raise
-        if rank_zero_only.rank != 0:
-            time.sleep(RANK_ZERO_S)  # which says the same, and takes this process with it
+        if rank_zero_only.rank != 0 and _rank_zero_ends(parent):
+            sys.exit(2)
         sys.stderr.write(f"tfusion: error: {refusals[0]}\n(TFUSION_TRACEBACK=1 shows where)\n")
         sys.exit(2)
 
