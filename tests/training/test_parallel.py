@@ -24,7 +24,7 @@ from tfusion.callbacks.writer import PredictionWriter
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import GenerationConfig
-from tfusion.training.parallel import check_strategy
+from tfusion.training.parallel import check_strategy, gather_lists
 from tfusion.training.transfusion import TransfusionModule
 
 STEPS, HALF = 10, 5
@@ -89,6 +89,7 @@ class Recorder(L.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.losses, self.metrics = folder, [], {}
+        self.validated = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seen = trainer.global_step
@@ -102,8 +103,13 @@ class Recorder(L.Callback):
         if self.seen in (HALF, STEPS):
             trainer.save_checkpoint(self.folder / f"{self.seen}.ckpt")
 
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, *args: Any) -> None:
+        self.validated += int((outputs["labels"] >= 0).sum() + outputs["valid"].sum())
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        values["labels and images"] = sum(gather_lists([self.validated]))  # means would not show a row done twice
+        self.validated = 0
         self.metrics[trainer.global_step] = values
 
 
