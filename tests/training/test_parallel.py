@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def fit(
     accumulate: int = 1,
     workers: int = 0,
     ckpt_path: Path | None = None,
+    precision: str = "32-true",
     **model: Any,
 ) -> None:
     """Train, validate and sample; leave in the folder what `result` reads."""
@@ -126,6 +128,7 @@ def fit(
     trainer = trainer_of(
         folder,
         strategy_name,
+        precision=precision,
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
         val_check_interval=HALF * accumulate,
@@ -137,9 +140,9 @@ def fit(
         torch.save({"losses": torch.tensor(recorder.losses), "metrics": recorder.metrics}, folder / "result.pt")
 
 
-def predict(folder: Path, strategy_name: str, prompts: Path, ckpt_path: Path) -> None:
+def predict(folder: Path, strategy_name: str, prompts: Path, ckpt_path: Path, precision: str = "32-true") -> None:
     module, data = make(prompts=prompts)
-    trainer = trainer_of(folder, strategy_name, callbacks=[PredictionWriter()])
+    trainer = trainer_of(folder, strategy_name, precision=precision, callbacks=[PredictionWriter()])
     trainer.predict(module, data, ckpt_path=ckpt_path, return_predictions=False, weights_only=True)
 
 
@@ -168,6 +171,8 @@ def all_of_a_rank(root: Path) -> None:
     for name in ("DDP", "FSDP2"):
         for prompts in ("three", "one"):  # one request: nothing for rank 1
             predict(root / f"{prompts}_{name}", name, root / f"{prompts}.jsonl", root / "one" / f"{STEPS}.ckpt")
+    fit(root / "fsdp_bf16", "FSDP2", precision="bf16-mixed")
+    predict(root / "bf16_FSDP2", "FSDP2", root / "three.jsonl", root / "one" / f"{STEPS}.ckpt", "bf16-mixed")
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +188,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, cache_folder: None) -> Path:
     fit(root / "one_from_fsdp", ckpt_path=root / "fsdp" / f"{HALF}.ckpt")
     for prompts in ("three", "one"):
         predict(root / f"{prompts}_auto", "auto", root / f"{prompts}.jsonl", root / "one" / f"{STEPS}.ckpt")
+    fit(root / "one_bf16", precision="bf16-mixed")
+    predict(root / "bf16_auto", "auto", root / "three.jsonl", root / "one" / f"{STEPS}.ckpt", "bf16-mixed")
     return root
 
 
@@ -272,8 +279,16 @@ def test_a_state_loads_on_any_layout(root: Path, name: str) -> None:
             torch.testing.assert_close(found, values[moment], rtol=1e-3, atol=1e-3 * scale, msg=key)
 
 
-@pytest.mark.parametrize("prompts", ["three", "one"])
-@pytest.mark.parametrize("name", ["DDP", "FSDP2"])
+def test_bf16_is_cast_where_one_process_casts_it(root: Path) -> None:
+    """Before the weights move apart the losses are equal, and would not be with timesteps or norms in bf16."""
+    one, sharded = result(root / "one_bf16")["losses"], result(root / "fsdp_bf16")["losses"]
+    assert not torch.allclose(one[0], result(root / "one")["losses"][0], rtol=1e-5)
+    torch.testing.assert_close(sharded[0, :2], one[0, :2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(sharded, one, rtol=2e-2, atol=0)
+    assert {weight.dtype for weight in checkpoint(root / "fsdp_bf16")["state_dict"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("prompts", "name"), [*product(("three", "one"), ("DDP", "FSDP2")), ("bf16", "FSDP2")])
 def test_predictions_are_those_of_one_process(root: Path, prompts: str, name: str) -> None:
     """Bit for bit, for the weights are the same."""
     one = root / f"{prompts}_auto" / "predictions"

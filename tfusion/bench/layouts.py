@@ -28,8 +28,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import multiprocessing
 
 from tfusion.callbacks.ema import EMA
-from tfusion.data import Shakespeare, Shapes
 from tfusion.data.datamodule import MultimodalDataModule
+from tfusion.data.shakespeare import Shakespeare
+from tfusion.data.shapes import Shapes
 from tfusion.models.transfusion import Transfusion
 from tfusion.training.transfusion import TransfusionModule
 

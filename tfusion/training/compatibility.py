@@ -63,22 +63,26 @@ def architecture_of(model: Transfusion, process: NoiseProcess) -> dict[str, Any]
     }
 
 
-def name_optimizer_state(state: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
-    """An optimizer's state dict with numbers replaced by names, those of each group in the module's order.
-
-    Under FSDP2 ranks other than 0 have an empty one.
-    """
-    if not state:
-        return state
-    numbers = chain.from_iterable(group["params"] for group in state["param_groups"])
-    name_of = dict(zip(numbers, chain.from_iterable(names), strict=True))
-    return _renamed(state, name_of, names)
+def name_optimizer_state(checkpoint: dict[str, Any], names: list[list[str]]) -> None:
+    """Replace numbers by the names of each group's parameters, in the module's order."""
+    for place, state in enumerate(checkpoint["optimizer_states"]):
+        if state:  # under FSDP2 ranks other than 0 have an empty one
+            numbers = chain.from_iterable(group["params"] for group in state["param_groups"])
+            name_of = dict(zip(numbers, chain.from_iterable(names), strict=True))
+            checkpoint["optimizer_states"][place] = _renamed(state, name_of, names)
 
 
-def number_optimizer_state(state: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
+def number_optimizer_state(checkpoint: dict[str, Any], names: list[list[str]]) -> None:
     """The inverse, in the numbers of an optimizer with these groups."""
     number_of = {name: number for number, name in enumerate(chain.from_iterable(names))}
-    return _renamed(state, number_of, [[number_of[name] for name in group] for group in names])
+    numbers = [[number_of[name] for name in group] for group in names]
+    for place, state in enumerate(checkpoint["optimizer_states"]):
+        if any(isinstance(key, int) for key in state["state"]):
+            raise ValueError(
+                "the checkpoint's optimizer state stands by number, not by parameter name: it was written by an older "
+                "tfusion, with which to go on training; validate, predict and tfusion.load take it as it is"
+            )
+        checkpoint["optimizer_states"][place] = _renamed(state, number_of, numbers)
 
 
 def _renamed(state: dict[str, Any], new: dict[Any, Any], groups: list[list[Any]]) -> dict[str, Any]:

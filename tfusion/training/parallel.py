@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from tfusion.generation import bf16_copy
 from tfusion.models.transfusion import Transfusion
 
 
@@ -82,6 +83,19 @@ def unsharded_copy(model: Transfusion, blank: Transfusion, dtype: torch.dtype | 
             module._buffers[name] = torch.empty_like(buffer, device=full.device)
     whole.fill_buffers()
     return whole
+
+
+def whole_model(model: Transfusion, blank: list[Transfusion], bf16: bool) -> Transfusion:
+    """Weights as decoding needs them, whole and without autocast: the model itself, or a copy.
+
+    Args:
+        model: sharded (the call is collective then) or not.
+        blank: where it is sharded, the same on the meta device; else empty.
+        bf16: whether the trainer computes in it; callbacks run outside autocast, and predict's casts at every call.
+    """
+    if blank:
+        return unsharded_copy(model, blank[0], torch.bfloat16 if bf16 else None)
+    return bf16_copy(model) if bf16 else model
 
 
 def gather_lists(items: list[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
-from tfusion.generation import Generator, bf16_copy
+from tfusion.generation import Generator
 from tfusion.losses import image_mse, token_nll
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import Generation, GenerationConfig, Request, parse_request
@@ -34,8 +34,8 @@ from tfusion.training.compatibility import (
     number_optimizer_state,
     recount_micro_batches,
 )
-from tfusion.training.optim import adamw, lr_factor, parameter_groups, parameter_names
-from tfusion.training.parallel import check_strategy, shard, unsharded_copy
+from tfusion.training.optim import adamw, clip_gradients, lr_factor, parameter_groups, parameter_names
+from tfusion.training.parallel import check_strategy, shard, whole_model
 from tfusion.training.step_sums import metrics_of, micro_batch_sums
 
 
@@ -88,12 +88,7 @@ class TransfusionModule(L.LightningModule):
         self.image_tokenizer = image_tokenizer or PixelTokenizer()  # a plain class: never in a checkpoint
         pixels = isinstance(self.image_tokenizer, PixelTokenizer)
         self.process = NoiseProcess(
-            noise_scheduler,
-            prediction_type,
-            timestep_sampling,
-            logit_mean,
-            logit_std,
-            latents_are_pixels=pixels,
+            noise_scheduler, prediction_type, timestep_sampling, logit_mean, logit_std, latents_are_pixels=pixels
         )
         self.diffusion_loss_weight = diffusion_loss_weight
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
@@ -111,21 +106,10 @@ class TransfusionModule(L.LightningModule):
         self._whole: list[Transfusion] = []  # while predicting, what generates
 
     # What the datamodule checks itself against.
-    @property
-    def model_vocab_size(self) -> int:
-        return self.model.vocab_size
-
-    @property
-    def max_seq_len(self) -> int:
-        return self.model.max_seq_len
-
-    @property
-    def num_patches(self) -> int:
-        return self.model.num_patches
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.model.latent_shape
+    model_vocab_size = property(lambda self: self.model.vocab_size)
+    max_seq_len = property(lambda self: self.model.max_seq_len)
+    num_patches = property(lambda self: self.model.num_patches)
+    latent_shape = property(lambda self: self.model.latent_shape)
 
     @property
     def evaluation_model(self) -> Transfusion:
@@ -134,11 +118,13 @@ class TransfusionModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Allocate and fill the weights on the device, once; under FSDP2 each rank its shards of them."""
-        if self._materialized:
-            return
         check_strategy(self.trainer.strategy, self.trainer.world_size)
+        if self._materialized:
+            if self.device_mesh is not None and not self._blank:
+                raise ValueError("FSDP2 shards a model before its weights are allocated: give the Trainer a fresh one")
+            return
         if self.device_mesh is not None:
-            self._blank = [copy.deepcopy(self.model)]
+            self._blank.append(copy.deepcopy(self.model))
             for model in (self.model, self.ema_model):
                 if model is not None:
                     shard(model, self.device_mesh["data_parallel"], self._computes_in_bf16())
@@ -176,19 +162,15 @@ class TransfusionModule(L.LightningModule):
         """Of each label (N,) and each image (I,), with the images' timesteps (I,)."""
         clean = batch.noise_limits == 0  # given, not predicted: no loss
         with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
-            x_0 = self._latents(batch)
+            x_0 = batch.latents
+            if x_0 is None:
+                x_0 = self.image_tokenizer.encode(batch.images.float() / 127.5 - 1)  # (I, C, h, w)
             timesteps = self.process.sample_timesteps(batch.time_uniforms, batch.noise_limits)
             x_t = self.process.add_noise(x_0, batch.noise, timesteps, clean)
             target = self.process.target(x_0, batch.noise, timesteps)
         logits, model_output = model(batch, x_t, timesteps)
         nll = token_nll(logits, batch.text_labels)
         return nll, image_mse(model_output, target, batch.image_valid & ~clean), timesteps
-
-    def _latents(self, batch: Batch) -> Tensor:
-        """(I, C, h, w) from what the batch holds."""
-        if batch.latents is not None:
-            return batch.latents
-        return self.image_tokenizer.encode(batch.images.float() / 127.5 - 1)
 
     def step_metrics(self) -> dict[str, float]:
         """Of the step that just ended, global; collective, and it waits for the device: at logging steps only."""
@@ -244,12 +226,7 @@ class TransfusionModule(L.LightningModule):
         self._generator(self.evaluation_model).check(list(requests), numbers)
 
     def _generation_model(self) -> Transfusion:
-        """Evaluation weights as decoding needs them: whole, without autocast; collective under FSDP2."""
-        model, bf16 = self.evaluation_model, self._computes_in_bf16()
-        if self._blank:
-            return unsharded_copy(model, self._blank[0], torch.bfloat16 if bf16 else None)
-        # callbacks run outside autocast, and predict's re-casts at every call
-        return bf16_copy(model) if bf16 else model
+        return whole_model(self.evaluation_model, self._blank, self._computes_in_bf16())
 
     def _computes_in_bf16(self) -> bool:
         return "bf16" in str(self.precision if self._trainer is None else self.trainer.precision)
@@ -297,18 +274,13 @@ class TransfusionModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by global norm, and keep the norm; Lightning's own refuses fused AdamW under bf16-mixed."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm is {gradient_clip_algorithm!r}, expected 'norm'")
-        most = gradient_clip_val or float("inf")  # Lightning's ways to say off: None and 0
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
-        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.grad_norm = clip_gradients(self.model.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The tokenizer belongs to the weights, and moments to parameters by name, on every layout."""
         checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
         checkpoint["architecture"] = architecture_of(self.model, self.process)
-        names = self._optimizer_names()
-        checkpoint["optimizer_states"] = [name_optimizer_state(s, names) for s in checkpoint["optimizer_states"]]
+        name_optimizer_state(checkpoint, self._optimizer_names())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the tokenizer; refuse the weights of another architecture in words."""
@@ -320,8 +292,7 @@ class TransfusionModule(L.LightningModule):
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
-            names = self._optimizer_names()
-            checkpoint["optimizer_states"] = [number_optimizer_state(s, names) for s in checkpoint["optimizer_states"]]
+            number_optimizer_state(checkpoint, self._optimizer_names())
 
     def _optimizer_names(self) -> list[list[str]]:
         return parameter_names(self, parameter_groups(self.model, self.weight_decay))
