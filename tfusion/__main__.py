@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from tfusion.callbacks.bad_records import BadRecordReport
@@ -34,6 +37,8 @@ from tfusion.callbacks.training_metrics import TrainingMetrics
 from tfusion.callbacks.writer import PredictionWriter
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.training import run_folder
+from tfusion.training.compatibility import check_state_dict
+from tfusion.training.parallel import check_strategy
 from tfusion.training.transfusion import TransfusionModule  # noqa: F401 (so that YAML may name it, as --help does)
 
 TRAINER_DEFAULTS = {
@@ -45,6 +50,7 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # it would list the model twice, once as its average
 }
+RANK_ZERO_S = 10.0  # how long a refusal on another rank waits for rank 0 to say it
 
 
 class Parser(LightningArgumentParser):
@@ -134,6 +140,20 @@ class TfusionCLI(LightningCLI):
             run_folder.lock(Path(root))
         return trainer
 
+    def before_fit(self) -> None:
+        """Refuse what the number of processes does not allow, while there is one."""
+        self.datamodule.layout_under(self.trainer)
+        self._check_strategy()
+
+    def _check_strategy(self) -> None:
+        strategy, ckpt_path = self.trainer.strategy, self.config_init[self.subcommand].ckpt_path
+        check_strategy(strategy, self.trainer.world_size)
+        if isinstance(strategy, ModelParallelStrategy) and ckpt_path:  # Lightning's loader would not say it in words
+            saved = torch.load(ckpt_path, map_location="cpu", mmap=True, weights_only=True)
+            check_state_dict(self.model.state_dict(), saved["state_dict"])
+
+    before_validate = before_predict = _check_strategy
+
     def after_validate(self) -> None:
         """Show what was measured."""
         if self.trainer.is_global_zero:
@@ -205,10 +225,13 @@ def _quieten() -> None:
         r"Found \d+ module\(s\) in eval mode",  # ema_model, which never trains
         r"The `srun` command is available",  # a single process is a fine way to run
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
+        r"`broadcast_buffers` is deprecated",  # torch 2.11 has no other name for it
         r"It is recommended to use `self.log\(.*sync_dist=True",  # what tfusion logs is global already
     ]
     for message in ignored:
         warnings.filterwarnings("ignore", message=message)
+    if rank_zero_only.rank != 0:
+        warnings.simplefilter("ignore")  # rank 0 says the same
     # Advertisements, the seed of a generator that nothing here reads, hardware that tfusion does not use.
     unwanted = ("Tip: For seamless", "Seed set to", "TPU available")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -232,14 +255,26 @@ def _is_for_the_user(error: BaseException) -> bool:
     return isinstance(error, ValueError) and package.split(".")[0] == "tfusion"
 
 
+def _rank_zero_ends(parent: int) -> bool:
+    """Wait a little for rank 0 to say the same, for refusals are alike on all ranks; say whether it has.
+
+    It is this process's parent, and gone then, or has a launcher (torchrun), which ends this process, too.
+    """
+    deadline_s = time.monotonic() + RANK_ZERO_S
+    while os.getppid() == parent and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return os.getppid() != parent
+
+
 def run(cli: type[TfusionCLI], args: list[str] | None = None) -> TfusionCLI:
     """Run a command line with these arguments (None: the process's own).
 
     Exits with 2 and one message where the input is refused; TFUSION_TRACEBACK=1 shows the traceback instead.
     """
+    parent = os.getppid()
     _quieten()
     package = logging.getLogger("tfusion")
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
     if not package.handlers:
         package.addHandler(logging.StreamHandler())
     try:
@@ -263,6 +298,8 @@ def run(cli: type[TfusionCLI], args: list[str] | None = None) -> TfusionCLI:
         refusals = [cause for cause in _chain(error) if _is_for_the_user(cause)]
         if os.environ.get("TFUSION_TRACEBACK") == "1" or not refusals:
             raise
+        if rank_zero_only.rank != 0 and _rank_zero_ends(parent):
+            sys.exit(2)
         sys.stderr.write(f"tfusion: error: {refusals[0]}\n(TFUSION_TRACEBACK=1 shows where)\n")
         sys.exit(2)
 

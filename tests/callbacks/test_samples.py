@@ -72,8 +72,11 @@ class Module(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
 
-    def generate(self, requests: list[Request]) -> list[Generation]:
+    def check_requests(self, requests: list[Request]) -> None:
         assert requests is not None
+
+    def generate(self, requests: list[Request], numbers: list[int]) -> list[Generation]:
+        assert numbers == list(range(len(requests)))
         assert not torch.is_grad_enabled()
         self.generated_at.append(self.trainer.global_step)
         segments = [(RED,), (BLUE,), ("red squid",), (", or not to be \u00e9",)]

@@ -97,6 +97,27 @@ def test_equals_transformers(qk_norm: bool, kv_heads: int) -> None:
         torch.testing.assert_close(gradient, parameter, rtol=1e-4, atol=1e-5 * parameter.abs().max().item())
 
 
+def test_activation_checkpointing_changes_nothing_but_runs_each_block_twice() -> None:
+    def run(**options: bool) -> tuple[list[Tensor], int]:
+        trunk = Transformer(32, 2, 2, max_seq_len=16, **options).to_empty(device="cpu")
+        for i, parameter in enumerate(trunk.parameters()):
+            parameter.data = normal(*parameter.shape, seed=i) * 0.1
+        trunk.rotary.fill_buffers()
+        calls = []
+        trunk.blocks[0].attention.register_forward_hook(lambda *_: calls.append(None))
+        x, position_ids = normal(2, 16, 32, seed=99).requires_grad_(), torch.arange(16).expand(2, -1)
+        out = trunk(x, position_ids, causal(16).expand(2, -1, -1, -1))
+        out.square().sum().backward()
+        with torch.no_grad():
+            trunk(x, position_ids)
+        trunk.eval()(x, position_ids)
+        return [out, x.grad, *(parameter.grad for parameter in trunk.parameters())], len(calls)
+
+    kept, recomputed = run(), run(activation_checkpointing=True)
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], recomputed[0], strict=True))
+    assert (kept[1], recomputed[1]) == (3, 4)
+
+
 def like_gradients(theirs: torch.nn.Module, qk_norm: bool) -> dict[str, Tensor]:
     """Their gradients under our names: the weights of `like`, made of gradients."""
     for parameter in theirs.parameters():

@@ -100,6 +100,21 @@ def test_weights_of_another_model_are_refused(tiny_module, tiny_data, tiny_train
         )
 
 
+def test_moments_by_number_are_refused(tiny_module, tiny_data, tiny_trainer, tmp_path):
+    """An optimizer numbers parameters by group, Lightning's FSDP2 by module: they would change places."""
+    trainer = tiny_trainer(1)
+    trainer.fit(tiny_module(), tiny_data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    [state] = saved["optimizer_states"]
+    assert "model.transformer.blocks.0.attention.qkv_proj.weight" in state["param_groups"][0]["params"]
+    assert "model.transformer.norm.weight" in state["param_groups"][1]["params"]
+    saved["optimizer_states"] = [trainer.optimizers[0].state_dict()]
+    torch.save(saved, tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=r"stands by number, not by parameter name"):
+        tiny_trainer(2).fit(tiny_module(), tiny_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+
+
 def test_bf16_mixed_is_close_to_fp32(tiny_module, tiny_data, tiny_trainer):
     losses = {}
     for precision in ("32-true", "bf16-mixed"):

@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from tfusion.requests import Generation, Request, Segment
+from tfusion.training.parallel import gather_lists
 
 PADDING_PX = 8
 TEXT_PX = 12
@@ -31,7 +32,7 @@ class SampleGrid(pl.Callback):
 
     At the first validation at or after each multiple of `every_n_steps`, and at the end of fit. The requests
     are the data module's `sample_requests(num_images, num_captions, num_texts)` and stay the same over the
-    run, seeds included. Every rank generates (a sharded model has to); rank 0 writes.
+    run, seeds included. Ranks share the requests; rank 0 writes what one process would.
 
     Args:
         every_n_steps: optimizer steps between sheets.
@@ -87,7 +88,12 @@ class SampleGrid(pl.Callback):
         self._last_step = trainer.global_step
         if self._requests is None:
             self._requests = trainer.datamodule.sample_requests(*self.numbers)  # type: ignore[attr-defined]
-        generations = pl_module.generate(self._requests)  # collective under FSDP2: on every rank
+        pl_module.check_requests(self._requests)  # all of them on every rank, so that all refuse
+        mine = slice(trainer.global_rank, None, trainer.world_size)
+        numbers = list(range(len(self._requests)))[mine]
+        # (a rank without any takes part: gathering the weights is a collective)
+        generations = gather_lists(pl_module.generate(self._requests[mine], numbers))
+        generations.sort(key=lambda generation: (generation.request, generation.sample))
         if trainer.is_global_zero:
             self._write(trainer, self._requests, generations)
 

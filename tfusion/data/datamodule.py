@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import lightning as L
@@ -148,21 +149,19 @@ class MultimodalDataModule(L.LightningDataModule):
         if stage == "predict":
             self._prepare_predict()
             return
-        self.prepare_mixture(self.trainer.lightning_module)
         if stage == "fit":
             self.step, self.positions = 0, {}
-            self.layout = StepLayout(
-                self.rows_per_step,
-                self.lanes,
-                self.trainer.accumulate_grad_batches,
-                self.trainer.world_size,
-                self.trainer.global_rank,
-                self.num_workers,
-            )
+            self.layout = self.layout_under(self.trainer)
+        self.prepare_mixture(self.trainer.lightning_module)
         self.val_views = [
             *(corpus.name for corpus in self.text_corpora),
             *(corpus.name + ending for corpus in self.image_corpora for ending in ("", GIVEN_IMAGE)),
         ]
+
+    def layout_under(self, trainer: L.Trainer) -> StepLayout:
+        """How this trainer divides a step's rows; raises ValueError where it cannot."""
+        accumulate, ranks, rank = trainer.accumulate_grad_batches, trainer.world_size, trainer.global_rank
+        return StepLayout(self.rows_per_step, self.lanes, accumulate, ranks, rank, self.num_workers)
 
     def _prepare_predict(self) -> None:
         if self.prompts is None:
@@ -228,9 +227,14 @@ class MultimodalDataModule(L.LightningDataModule):
         return drop_long_captions(pictures, self.tokenizer, self.mixture.shape, BadRecords(1.0))
 
     def predict_dataloader(self) -> DataLoader:
-        """Lists of (number, request); rank r has requests r, r + W, ..."""
+        """Lists of (number, request); rank r has requests r, r + W, ..., and at least one list, if an empty one.
+
+        (Lightning skips a rank without batches, and its part in collectives.)
+        """
         requests = list(enumerate(self.requests))[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(requests, batch_size=self.predict_batch_size, collate_fn=list)  # type: ignore[arg-type]
+        starts = range(0, max(1, len(requests)), self.predict_batch_size)
+        batches = [requests[start : start + self.predict_batch_size] for start in starts]
+        return DataLoader(batches, batch_size=1, collate_fn=itemgetter(0))  # type: ignore[arg-type]
 
     def sample_requests(self, num_images: int, num_captions: int, num_texts: int) -> list[Request]:
         """Fixed requests to look at during training, from the first training pictures and held-out text."""

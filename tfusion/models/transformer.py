@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tfusion.models.attention import Mask, attend
 from tfusion.models.kv_cache import CacheView
@@ -130,6 +131,7 @@ class Transformer(nn.Module):
         qk_norm: bool = False,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -145,6 +147,7 @@ class Transformer(nn.Module):
             raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.max_seq_len = dim // num_heads, max_seq_len
+        self.activation_checkpointing = activation_checkpointing
         self.rotary = Rotary(self.head_dim, max_seq_len, rope_theta)
         sizes = (dim, num_heads, num_kv_heads, hidden_dim, qk_norm, norm_eps)
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))
@@ -156,6 +159,10 @@ class Transformer(nn.Module):
         """(B, T, D) at (B, T) positions, under a mask, or under the mask of a cache."""
         mask = cache.mask if cache is not None else mask
         rotary = self.rotary(position_ids)
+        recompute = self.activation_checkpointing and cache is None and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, layer, cache)
+            if recompute:  # (nothing is drawn in a block, so no generator's state needs to be kept)
+                x = checkpoint(block, x, rotary, mask, layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotary, mask, layer, cache)
         return self.norm(x)

@@ -40,6 +40,8 @@ class Transfusion(nn.Module):
         rope_theta: base of the rotary frequencies.
         norm_eps: of every RMSNorm.
         attention_backend: of training; None = flex attention on CUDA, SDPA elsewhere.
+        activation_checkpointing: keep only each block's input for the backward pass and compute the block again
+            there: less memory, a third more time.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -61,6 +63,7 @@ class Transfusion(nn.Module):
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
         attention_backend: Backend | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         latent_shape = tuple(latent_shape)
@@ -80,6 +83,7 @@ class Transfusion(nn.Module):
                 qk_norm,
                 rope_theta,
                 norm_eps,
+                activation_checkpointing,
             )
             self.text_head = nn.Linear(dim, vocab_size, bias=False)
             self.patch_decoder = LinearPatchDecoder(latent_shape, patch_size, dim)

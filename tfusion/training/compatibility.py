@@ -1,10 +1,18 @@
-"""Does a checkpoint fit this run? Weights of another model are refused in words, another layout is counted anew."""
+"""Does a checkpoint fit this run? Weights of another model are refused in words, another layout is counted anew.
+
+In a checkpoint the optimizer's state stands by parameter name. By number, as torch has it, would not do: an optimizer
+numbers parameters group by group, Lightning's FSDP2 by their order in the module, and moments would change places.
+"""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
+
+from tfusion.diffusion import NoiseProcess
+from tfusion.models.transfusion import Transfusion
 
 
 def recount_micro_batches(checkpoint: dict[str, Any], micro_batches: int) -> None:
@@ -41,3 +49,46 @@ def check_architecture(expected: dict[str, Any], found: dict[str, Any]) -> None:
     ]
     if problems:
         raise ValueError(f"the checkpoint is of another model: {'; '.join(problems)}. Use the config.yaml of its run")
+
+
+def architecture_of(model: Transfusion, process: NoiseProcess) -> dict[str, Any]:
+    """What weights depend on and their shapes do not show."""
+    return {
+        "num_heads": model.transformer.num_heads,
+        "rope_theta": model.transformer.rotary.theta,
+        "latent_channels": model.latent_shape[0],
+        "patch_size": model.patch_size,
+        "family": process.family,
+        "prediction_type": process.prediction_type,
+    }
+
+
+def name_optimizer_state(checkpoint: dict[str, Any], names: list[list[str]]) -> None:
+    """Replace numbers by the names of each group's parameters, in the module's order."""
+    for place, state in enumerate(checkpoint["optimizer_states"]):
+        if state:  # under FSDP2 ranks other than 0 have an empty one
+            numbers = chain.from_iterable(group["params"] for group in state["param_groups"])
+            name_of = dict(zip(numbers, chain.from_iterable(names), strict=True))
+            checkpoint["optimizer_states"][place] = _renamed(state, name_of, names)
+
+
+def number_optimizer_state(checkpoint: dict[str, Any], names: list[list[str]]) -> None:
+    """The inverse, in the numbers of an optimizer with these groups."""
+    number_of = {name: number for number, name in enumerate(chain.from_iterable(names))}
+    numbers = [[number_of[name] for name in group] for group in names]
+    for place, state in enumerate(checkpoint["optimizer_states"]):
+        if any(isinstance(key, int) for key in state["state"]):
+            raise ValueError(
+                "the checkpoint's optimizer state stands by number, not by parameter name: it was written by an older "
+                "tfusion, with which to go on training; validate, predict and tfusion.load take it as it is"
+            )
+        checkpoint["optimizer_states"][place] = _renamed(state, number_of, numbers)
+
+
+def _renamed(state: dict[str, Any], new: dict[Any, Any], groups: list[list[Any]]) -> dict[str, Any]:
+    return {
+        "state": {new[key]: value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": params} for group, params in zip(state["param_groups"], groups, strict=True)
+        ],
+    }

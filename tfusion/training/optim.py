@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -18,9 +19,23 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def parameter_names(module: nn.Module, groups: Iterable[dict]) -> list[list[str]]:
+    """What the module calls the parameters of each group, in their order."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
+
+
 def adamw(groups: Iterable[dict], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     """One kernel for all parameters."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float | None, algorithm: str | None) -> Tensor:
+    """Clip by global norm, of sharded gradients too (collective), and return the norm before; None and 0 = do not."""
+    if algorithm not in (None, "norm"):
+        raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm!r}, expected 'norm'")
+    norm = nn.utils.clip_grad_norm_(parameters, most or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def lr_factor(step: int, warmup_steps: int, max_steps: int, final: float) -> float:

@@ -20,17 +20,24 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
-from tfusion.generation import Generator, bf16_copy
+from tfusion.generation import Generator
 from tfusion.losses import image_mse, token_nll
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import Generation, GenerationConfig, Request, parse_request
 from tfusion.samplers import Sampler
 from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, TextTokenizer
-from tfusion.training.compatibility import check_architecture, check_state_dict, recount_micro_batches
-from tfusion.training.optim import adamw, lr_factor, parameter_groups
-
-NUM_QUARTERS = 4  # the diffusion loss is also logged by quarter of the noise range
+from tfusion.training.compatibility import (
+    architecture_of,
+    check_architecture,
+    check_state_dict,
+    name_optimizer_state,
+    number_optimizer_state,
+    recount_micro_batches,
+)
+from tfusion.training.optim import adamw, clip_gradients, lr_factor, parameter_groups, parameter_names
+from tfusion.training.parallel import check_strategy, shard, whole_model
+from tfusion.training.step_sums import metrics_of, micro_batch_sums
 
 
 class TransfusionModule(L.LightningModule):
@@ -82,12 +89,7 @@ class TransfusionModule(L.LightningModule):
         self.image_tokenizer = image_tokenizer or PixelTokenizer()  # a plain class: never in a checkpoint
         pixels = isinstance(self.image_tokenizer, PixelTokenizer)
         self.process = NoiseProcess(
-            noise_scheduler,
-            prediction_type,
-            timestep_sampling,
-            logit_mean,
-            logit_std,
-            latents_are_pixels=pixels,
+            noise_scheduler, prediction_type, timestep_sampling, logit_mean, logit_std, latents_are_pixels=pixels
         )
         self.diffusion_loss_weight = diffusion_loss_weight
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
@@ -103,23 +105,14 @@ class TransfusionModule(L.LightningModule):
         self.grad_norm: Tensor | None = None
         self.precision = "32-true"  # of generation without a trainer
         self._materialized = False
+        self._blank: list[Transfusion] = []  # under FSDP2 one, on meta: in a list, so not a part of this module
+        self._whole: list[Transfusion] = []  # while predicting, what generates
 
     # What the datamodule checks itself against.
-    @property
-    def model_vocab_size(self) -> int:
-        return self.model.vocab_size
-
-    @property
-    def max_seq_len(self) -> int:
-        return self.model.max_seq_len
-
-    @property
-    def num_patches(self) -> int:
-        return self.model.num_patches
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.model.latent_shape
+    model_vocab_size = property(lambda self: self.model.vocab_size)
+    max_seq_len = property(lambda self: self.model.max_seq_len)
+    num_patches = property(lambda self: self.model.num_patches)
+    latent_shape = property(lambda self: self.model.latent_shape)
 
     @property
     def evaluation_model(self) -> Transfusion:
@@ -127,9 +120,18 @@ class TransfusionModule(L.LightningModule):
         return self.model if self.ema_model is None else self.ema_model
 
     def configure_model(self) -> None:
-        """Allocate and fill the weights on the device, once."""
-        if not self._materialized:
-            self.materialize(self.trainer.strategy.root_device)
+        """Allocate and fill the weights on the device, once; under FSDP2 each rank its shards of them."""
+        check_strategy(self.trainer.strategy, self.trainer.world_size)
+        if self._materialized:
+            if self.device_mesh is not None and not self._blank:
+                raise ValueError("FSDP2 shards a model before its weights are allocated: give the Trainer a fresh one")
+            return
+        if self.device_mesh is not None:
+            self._blank.append(copy.deepcopy(self.model))
+            for model in (self.model, self.ema_model):
+                if model is not None:
+                    shard(model, self.device_mesh["data_parallel"], self._computes_in_bf16())
+        self.materialize(self.trainer.strategy.root_device)
 
     def materialize(self, device: torch.device | str) -> None:
         """The same without a trainer."""
@@ -152,15 +154,21 @@ class TransfusionModule(L.LightningModule):
         counts = counts.clamp(min=1)  # an absent modality gives loss 0
         text_loss, diffusion_loss = nll.sum() / counts[0], errors.sum() / counts[1]
         loss = text_loss + self.diffusion_loss_weight * diffusion_loss
-        self._add_to_step(batch, batch_idx, torch.stack([text_loss, diffusion_loss]), errors, timesteps)
-        # Lightning divides by A, DDP by W
+        losses = torch.stack([text_loss, diffusion_loss])
+        sums = micro_batch_sums(batch, losses, errors.detach(), timesteps, self.process.num_train_timesteps)
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums
+        # Lightning divides by A, DDP and FSDP2 by W
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each label (N,) and each image (I,), with the images' timesteps (I,) and which of them count (I,)."""
         clean = batch.noise_limits == 0  # given, not predicted: no loss
         with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
-            x_0, valid = self._finite(self._latents(batch), batch)
+            x_0 = batch.latents
+            if x_0 is None:
+                x_0 = self.image_tokenizer.encode(batch.images.float() / 127.5 - 1)  # (I, C, h, w)
+            x_0, valid = self._finite(x_0, batch)
             timesteps = self.process.sample_timesteps(batch.time_uniforms, batch.noise_limits)
             x_t = self.process.add_noise(x_0, batch.noise, timesteps, clean)
             target = self.process.target(x_0, batch.noise, timesteps)
@@ -177,47 +185,14 @@ class TransfusionModule(L.LightningModule):
             self.latent_checks.append((batch.image_valid & ~finite, batch.image_keys))
         return torch.where(finite[:, None, None, None], x_0, 0), batch.image_valid & finite
 
-    def _latents(self, batch: Batch) -> Tensor:
-        """(I, C, h, w) from what the batch holds."""
-        if batch.latents is not None:
-            return batch.latents
-        return self.image_tokenizer.encode(batch.images.float() / 127.5 - 1)
-
-    @torch.no_grad()
-    def _add_to_step(self, batch: Batch, batch_idx: int, losses: Tensor, errors: Tensor, timesteps: Tensor) -> None:
-        """Add to what a logging step reports, on the device: see `step_metrics` for the layout."""
-        quarter = (timesteps / self.process.num_train_timesteps * NUM_QUARTERS).long().clamp(max=NUM_QUARTERS - 1)
-        by_quarter = errors.new_zeros(2, NUM_QUARTERS)
-        noised = batch.image_valid & (batch.noise_limits > 0)
-        by_quarter.index_add_(1, quarter, torch.stack([errors, noised.float()]))
-        used = (batch.document_ids >= 0).float()
-        # (new_full: made on the device, a tensor made here would have to be sent)
-        data = torch.stack([used.sum(), batch.image_valid.sum().float(), used.new_full((), used.numel())])
-        sums = torch.cat([losses.detach(), data, by_quarter.flatten()])
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums
-
     def step_metrics(self) -> dict[str, float]:
         """Of the step that just ended, global; collective, and it waits for the device: at logging steps only."""
         sums = self.step_sums.clone()
         if self.trainer.world_size > 1:
             dist.all_reduce(sums)
-        text_loss, diffusion_loss, used, images, positions, *by_quarter = sums.tolist()
-        metrics = {
-            "train/loss": text_loss + self.diffusion_loss_weight * diffusion_loss,
-            "train/text_loss": text_loss,
-            "train/diffusion_loss": diffusion_loss,
-            "train/grad_norm": float(self.grad_norm),
-            "train/lr": self.optimizers().param_groups[0]["lr"],
-            "train/utilization": used / positions,
-            "train/positions": used,
-            "train/images": images,
-        }
-        for q in range(NUM_QUARTERS):
-            total, count = by_quarter[q], by_quarter[NUM_QUARTERS + q]
-            if count:
-                ends = [n * self.process.num_train_timesteps // NUM_QUARTERS for n in (q, q + 1)]
-                metrics[f"train/diffusion_loss_t{ends[0]}-{ends[1]}"] = total / count
+        metrics = metrics_of(sums, self.process.num_train_timesteps, self.diffusion_loss_weight)
+        metrics["train/grad_norm"] = float(self.grad_norm)
+        metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]
         return metrics
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -237,6 +212,8 @@ class TransfusionModule(L.LightningModule):
     ) -> list[Generation]:
         """Samples from the evaluation weights, in bf16 where the trainer computes in bf16.
 
+        Under FSDP2 every rank has to call it, if only with no requests: gathering the weights is a collective.
+
         Args:
             requests: as in `prompts.jsonl`; what a request leaves out comes from `generation`.
             numbers: what the requests are called; None = 0, 1, ...
@@ -246,23 +223,37 @@ class TransfusionModule(L.LightningModule):
             ValueError: a request that cannot be met, before any work.
         """
         parsed = [parse_request(request, self.generation) for request in requests]
-        model = self.evaluation_model
-        if "bf16" in str(self.precision if self._trainer is None else self.trainer.precision):
-            model = bf16_copy(model)  # callbacks run outside autocast, and predict's re-casts at every call
+        numbers = list(range(len(parsed))) if numbers is None else numbers
+        self.check_requests(parsed, numbers)
+        model = self._whole[0] if self._whole else self._generation_model()
+        generations: list[Generation] = []
         with torch.autocast(model.embedding.weight.device.type, enabled=False):  # predict_step runs inside Lightning's
             generator = self._generator(model)
-            names = list(range(len(parsed))) if numbers is None else numbers
-            generator.check(parsed, names)
-            size = batch_size or max(1, len(parsed))
-            parts = [slice(first, first + size) for first in range(0, len(parsed), size)]
-            return [made for part in parts for made in generator.generate(parsed[part], names[part])]
+            for start in range(0, len(parsed), batch_size or max(1, len(parsed))):
+                chunk = slice(start, start + (batch_size or len(parsed)))
+                generations += generator.generate(parsed[chunk], numbers[chunk])
+        return generations
+
+    def check_requests(self, requests: Sequence[Request], numbers: list[int] | None = None) -> None:
+        """Raise ValueError for a request that cannot be met; with all requests on every rank, so all refuse."""
+        self._generator(self.evaluation_model).check(list(requests), numbers)
+
+    def _generation_model(self) -> Transfusion:
+        return whole_model(self.evaluation_model, self._blank, self._computes_in_bf16())
+
+    def _computes_in_bf16(self) -> bool:
+        return "bf16" in str(self.precision if self._trainer is None else self.trainer.precision)
 
     def _generator(self, model: Transfusion) -> Generator:
         return Generator(model, self.process, self._text_tokenizer(), self.image_tokenizer)
 
     def on_predict_start(self) -> None:
-        """All requests are refused or accepted before the first is met."""
-        self._generator(self.evaluation_model).check(self.trainer.datamodule.requests)
+        """All requests are refused or accepted before the first is met; ranks may have unequal numbers of batches."""
+        self.check_requests(self.trainer.datamodule.requests)
+        self._whole = [self._generation_model()]
+
+    def on_predict_end(self) -> None:
+        self._whole = []
 
     def _text_tokenizer(self) -> TextTokenizer:
         if self.text_tokenizer is None and self._trainer is not None:
@@ -296,35 +287,25 @@ class TransfusionModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by global norm, and keep the norm; Lightning's own refuses fused AdamW under bf16-mixed."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm is {gradient_clip_algorithm!r}, expected 'norm'")
-        most = gradient_clip_val or float("inf")  # Lightning's ways to say off: None and 0
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
-        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-    def _architecture(self) -> dict[str, Any]:
-        """What weights depend on and their shapes do not show."""
-        trunk = self.model.transformer
-        return {
-            "num_heads": trunk.num_heads,
-            "rope_theta": trunk.rotary.theta,
-            "latent_channels": self.model.latent_shape[0],
-            "patch_size": self.model.patch_size,
-            "family": self.process.family,
-            "prediction_type": self.process.prediction_type,
-        }
+        self.grad_norm = clip_gradients(self.model.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The tokenizer belongs to the weights."""
+        """The tokenizer belongs to the weights, and moments to parameters by name, on every layout."""
         checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
-        checkpoint["architecture"] = self._architecture()
+        checkpoint["architecture"] = architecture_of(self.model, self.process)
+        name_optimizer_state(checkpoint, self._optimizer_names())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the tokenizer; refuse the weights of another architecture in words."""
-        check_state_dict(self.state_dict(), checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # Lightning's FSDP2 has already loaded it, and the optimizer
+            check_state_dict(self.state_dict(), checkpoint["state_dict"])
         if "text_tokenizer" not in checkpoint:
             raise ValueError("the checkpoint has no text tokenizer: give one that `tfusion fit` wrote")
-        check_architecture(self._architecture(), checkpoint["architecture"])
+        check_architecture(architecture_of(self.model, self.process), checkpoint["architecture"])
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
+            number_optimizer_state(checkpoint, self._optimizer_names())
+
+    def _optimizer_names(self) -> list[list[str]]:
+        return parameter_names(self, parameter_groups(self.model, self.weight_decay))

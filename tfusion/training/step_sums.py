@@ -1,0 +1,47 @@
+"""What a logging step reports: sums over its micro-batches and ranks, kept on the device until they are read.
+
+0, 1    text and diffusion loss, each divided by the step's count
+2, 3, 4 positions in use, images, positions
+5 - 12  diffusion errors, then noised images, by quarter of the noise range
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tfusion.sequence import Batch
+
+NUM_QUARTERS = 4  # the diffusion loss is also logged by quarter of the noise range
+
+
+@torch.no_grad()
+def micro_batch_sums(batch: Batch, losses: Tensor, errors: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
+    """(13,) of one micro-batch, from its losses (2,) and each image's error and timestep (I,)."""
+    quarter = (timesteps / num_timesteps * NUM_QUARTERS).long().clamp(max=NUM_QUARTERS - 1)
+    by_quarter = errors.new_zeros(2, NUM_QUARTERS)
+    noised = batch.image_valid & (batch.noise_limits > 0)
+    by_quarter.index_add_(1, quarter, torch.stack([errors, noised.float()]))
+    used = (batch.document_ids >= 0).float()
+    # (new_full: made on the device, a tensor made here would have to be sent)
+    data = torch.stack([used.sum(), batch.image_valid.sum().float(), used.new_full((), used.numel())])
+    return torch.cat([losses.detach(), data, by_quarter.flatten()])
+
+
+def metrics_of(sums: Tensor, num_timesteps: int, diffusion_loss_weight: float) -> dict[str, float]:
+    """What is logged, from the global sums; waits for the device."""
+    text_loss, diffusion_loss, used, images, positions, *by_quarter = sums.tolist()
+    metrics = {
+        "train/loss": text_loss + diffusion_loss_weight * diffusion_loss,
+        "train/text_loss": text_loss,
+        "train/diffusion_loss": diffusion_loss,
+        "train/utilization": used / positions,
+        "train/positions": used,
+        "train/images": images,
+    }
+    for q in range(NUM_QUARTERS):
+        total, count = by_quarter[q], by_quarter[NUM_QUARTERS + q]
+        if count:
+            ends = [n * num_timesteps // NUM_QUARTERS for n in (q, q + 1)]
+            metrics[f"train/diffusion_loss_t{ends[0]}-{ends[1]}"] = total / count
+    return metrics
