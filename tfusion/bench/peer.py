@@ -6,6 +6,7 @@ the same for all patches. It draws noise and times inside its step and from torc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,7 +23,7 @@ class Peer:
 
     Attributes:
         positions: those its transformer ran at the last call, without what it read from a cache.
-        calls: how often its transformer ran since `count_anew`.
+        calls: how often its transformer ran in the last call of each name.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -32,8 +33,10 @@ class Peer:
         except ImportError as error:
             raise SystemExit(f"{PACKAGE} is not installed: pip install 'tfusion[bench]'") from error
         logger.disable("transfusion_pytorch")
-        transfusion.tqdm = lambda steps, **_: steps  # no progress bars among the JSON
-        self.sizes, self.positions, self.calls = sizes, 0, 0
+        transfusion.tqdm = functools.partial(transfusion.tqdm, disable=True)  # no progress bars among the JSON
+        self.sizes, self.positions = sizes, 0
+        self.calls: dict[str, int] = {}
+        self.running = "train"
         self.model = Transfusion(
             num_text_tokens=sizes.vocab,
             dim_latent=sizes.patch_dim,
@@ -51,7 +54,7 @@ class Peer:
         self.model.transformer.register_forward_pre_hook(self._count)
 
     def _count(self, transformer: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        self.calls += 1
+        self.calls[self.running] = self.calls.get(self.running, 0) + 1
         self.positions = args[0].shape[0] * args[0].shape[1]
 
     def training_step(self, texts: list[torch.Tensor], images: torch.Tensor, lr: float) -> Callable[[], None]:
@@ -81,21 +84,22 @@ class Peer:
         }
         prompts = [prompt.to(DEVICE) for prompt in prompts]
         model = self.model.eval()
-        return {
-            "sample_one": self._quietly(lambda: [model.sample_one(p, **settings) for p in prompts]),
-            "sample_one_cached": self._quietly(lambda: [model.sample_one(p, cache_kv=True, **settings) for p in prompts]),
-            "sample_many": self._quietly(lambda: model.sample_many(list(prompts), **settings)),
+        calls = {
+            "sample_one": lambda: [model.sample_one(p, **settings) for p in prompts],
+            "sample_one_cached": lambda: [model.sample_one(p, cache_kv=True, **settings) for p in prompts],
+            "sample_many": lambda: model.sample_many(list(prompts), **settings),
         }
+        return {name: self._counted(name, call) for name, call in calls.items()}
 
     def text(self, prompts: torch.Tensor, num_tokens: int) -> Callable[[], Any]:
         """Greedy text with its cache, behind prompts (R, n)."""
         model, prompts = self.model.eval(), prompts.to(DEVICE)
         length = prompts.shape[1] + num_tokens
-        return self._quietly(lambda: model.generate_text_only(prompts, length, temperature=0.0, cache_kv=True))
+        return self._counted("text", lambda: model.generate_text_only(prompts, length, temperature=0.0, cache_kv=True))
 
-    def _quietly(self, call: Callable[[], Any]) -> Callable[[], Any]:
+    def _counted(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
-            self.calls = 0
+            self.running, self.calls[name] = name, 0
             with torch.no_grad(), self._autocast():
                 return call()
 

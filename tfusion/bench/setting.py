@@ -136,6 +136,13 @@ def ready_to_generate(sizes: Sizes, max_seq_len: int, config: GenerationConfig) 
     return module.eval()
 
 
+def prompts_of(rows: int, length: int) -> tuple[list[str], torch.Tensor]:
+    """Texts of printable ASCII, and their bytes as ids (R, length)."""
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(32, 127, (rows, length), generator=draws)
+    return ["".join(map(chr, row)) for row in ids.tolist()], ids
+
+
 def parameters_of(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
