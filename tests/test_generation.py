@@ -231,8 +231,7 @@ def test_token_sampling_against_a_loop(temperature, top_k, top_p):
     allowed = torch.rand(64, 30, generator=torch.Generator().manual_seed(1)) > 0.3
     uniforms = torch.stack([torch.rand((), generator=generator("u", r)) for r in range(64)])
     tokens = sample_tokens(
-        logits,
-        allowed,
+        logits.masked_fill(~allowed, float("-inf")),
         torch.full((64,), temperature),
         torch.full((64,), top_k or 30),
         torch.full((64,), top_p or 1.0),

@@ -126,6 +126,8 @@ class Decoding:
         view = cache.view(image_ids, write=True)
         hidden = self.model.transformer(x, self._positions(view.index), cache=view)
         view.advance(counts)
+        if T == 1:
+            return hidden[:, 0]
         last = torch.tensor([max(count - 1, 0) for count in counts], device=self.device)
         return hidden[torch.arange(R, device=self.device), last]
 
@@ -175,22 +177,23 @@ class Decoding:
         return True
 
     def _next_tokens(self, hidden: Tensor, rows: list[Sample], lengths: list[int]) -> list[int]:
-        logits = self.model.text_head(hidden)  # (R, V)
-        V = logits.shape[-1]
-        allowed = torch.ones(len(rows), V, dtype=torch.bool)
-        allowed[:, : EOI_ID + 1] = False  # EOI is appended, never sampled
+        banned = torch.zeros(len(rows), EOI_ID + 1, dtype=torch.bool)
+        banned[:, [PAD_ID, BOS_ID, EOI_ID]] = True  # EOI is appended, never sampled
         for r, row in enumerate(rows):
             config, kind = row.request.config, row.request.generate
             room = lengths[r] + self.P + 2 <= row.limit and row.num_images < config.max_new_images
-            allowed[r, BOI_ID] = kind == "any" and room
-            allowed[r, EOS_ID] = not (kind == "text" and row.num_tokens == 0)  # asked for text: say something
-        configs = [row.request.config for row in rows]
+            banned[r, BOI_ID] = not (kind == "any" and room)
+            banned[r, EOS_ID] = kind == "text" and row.num_tokens == 0  # asked for text: say something
+        logits = self.model.text_head(hidden).float()  # (R, V)
+        logits[:, : EOI_ID + 1].masked_fill_(banned.to(self.device), float("-inf"))
+        configs, V = [row.request.config for row in rows], logits.shape[-1]
+        if all(config.temperature == 0 for config in configs):
+            return logits.argmax(-1).tolist()  # as below, without sorting
         # rows that wait or are done draw nothing: what they would draw is theirs to use later
         going = [row.state == "text" and row.request.config.temperature > 0 for row in rows]
         draws = [torch.rand((), generator=r.draws).item() if go else 0.0 for r, go in zip(rows, going, strict=True)]
         tokens = sample_tokens(
             logits,
-            allowed.to(self.device),
             torch.tensor([config.temperature for config in configs], device=self.device),
             torch.tensor([min(config.top_k or V, V) for config in configs], device=self.device),
             torch.tensor([config.top_p or 1.0 for config in configs], device=self.device),

@@ -6,20 +6,16 @@ import torch
 from torch import Tensor
 
 
-def sample_tokens(
-    logits: Tensor, allowed: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor
-) -> Tensor:
+def sample_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
     """Next tokens, (R,) int64.
 
     Args:
-        logits: (R, V).
-        allowed: (R, V) bool, at least one True a row.
+        logits: (R, V) in fp32 at least; -inf where a token may not be, not a whole row.
         temperature: (R,); 0 = greedy.
         top_k: (R,) int; V = all.
         top_p: (R,) in (0, 1]; 1 = all. The smallest set of likeliest tokens whose probability reaches it.
         uniforms: (R,) in [0, 1): the row's draw, looked up in its cumulative distribution.
     """
-    logits = logits.float().masked_fill(~allowed, float("-inf"))
     scaled = logits / temperature.clamp(min=1e-6)[:, None]
     ordered, tokens = scaled.sort(stable=True, dim=-1, descending=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)

@@ -77,19 +77,29 @@ class CacheView:
     """One forward's access to the cache: where the new positions stand and what they see.
 
     With `write` the new keys go into the cache (the caller then calls `advance`), without it they stand beside it.
+    `mask` is for all layers; None where everything is seen.
     """
 
     def __init__(self, cache: KVCache, image_ids: Tensor, write: bool) -> None:
         self.cache, self.write = cache, write
         B, T = image_ids.shape
-        new = cache.lengths[:, None] + torch.arange(T, device=image_ids.device)  # (B, T) index in its row
-        self.index = new
+        lengths = set(cache.row_lengths)
+        self.start = lengths.pop() if len(lengths) == 1 else None  # where all rows go on, if that is one place
+        self.index = cache.lengths[:, None] + torch.arange(T, device=image_ids.device)  # (B, T) index in its row
         self.seen = cache.longest + T if write else cache.longest  # columns of the cache that are read
         if self.seen > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} positions a row, {self.seen} are needed")
-        columns = torch.arange(self.seen, device=image_ids.device).expand(B, -1)
         if write:
-            cache.image_ids.scatter_(1, new, image_ids)
+            self._write(cache.image_ids, image_ids)
+        one_token = write and T == 1 and self.start is not None  # a row's last position sees the whole row
+        self.mask = None if one_token else self._mask(image_ids)
+
+    def _mask(self, image_ids: Tensor) -> Tensor:
+        """(B, 1, T, S) bool."""
+        cache, new = self.cache, self.index
+        B, T = new.shape
+        columns = torch.arange(self.seen, device=new.device).expand(B, -1)
+        if self.write:
             key_index, key_image = columns, cache.image_ids[:, : self.seen]
             in_row = columns < (cache.lengths + T)[:, None]
         else:
@@ -97,7 +107,7 @@ class CacheView:
             key_image = torch.cat([cache.image_ids[:, : self.seen], image_ids], 1)
             in_row = torch.cat([columns < cache.lengths[:, None], torch.ones_like(new, dtype=torch.bool)], 1)
         document = torch.where(in_row, 0, -1)[:, None, :]  # a row is one document; the rest belongs to none
-        self.mask = visible(
+        return visible(
             new[:, :, None],
             key_index[:, None, :],
             torch.zeros_like(document),
@@ -105,15 +115,23 @@ class CacheView:
             image_ids[:, :, None],
             key_image[:, None, :],
             torch.zeros_like(document, dtype=torch.bool),
-        )[:, None]  # (B, 1, T, S)
+        )[:, None]
+
+    def _write(self, columns: Tensor, new: Tensor) -> None:
+        """Put (B, T) or (B, H, T, K) behind what each row has."""
+        dim = 1 if columns.ndim == 2 else 2
+        if self.start is not None:
+            columns.narrow(dim, self.start, new.shape[dim]).copy_(new)  # one place: one copy
+            return
+        index = self.index if dim == 1 else self.index[:, None, :, None].expand_as(new)
+        columns.scatter_(dim, index, new.to(columns.dtype))
 
     def __call__(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that the new positions may see; (B, H, T, K) -> (B, H, S, K)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.write:
-            index = self.index[:, None, :, None].expand_as(key)
-            keys.scatter_(2, index, key.to(keys.dtype))
-            values.scatter_(2, index, value.to(values.dtype))
+            self._write(keys, key)
+            self._write(values, value)
             return keys[:, :, : self.seen], values[:, :, : self.seen]
         keys = torch.cat([keys[:, :, : self.seen], key.to(keys.dtype)], 2)
         return keys, torch.cat([values[:, :, : self.seen], value.to(values.dtype)], 2)

@@ -39,15 +39,15 @@ class Rotary(nn.Module):
         self.sin.copy_(angles.sin())
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) -> cos and sin, each (B, 1, T, K/2)."""
-        return self.cos[position_ids][:, None], self.sin[position_ids][:, None]
+        """(B, T) -> cos, twice beside itself, and -sin beside sin, each (B, 1, T, K), as `rotate` takes them."""
+        cos, sin = self.cos[position_ids][:, None], self.sin[position_ids][:, None]
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate (B, H, T, K) by position, in fp32 at least."""
-    cos, sin = rotary
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    """Rotate (B, H, T, K) by position, in fp32 at least: (a cos - b sin, b cos + a sin) of the halves a, b."""
+    cos, sin = rotary  # three kernels on whole vectors: decoding and training feel each one
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
