@@ -1,7 +1,7 @@
 """Records of a user's files in one memory-mapped Arrow table: read, checked and converted once, then shared.
 
 `datasets` writes the table into the cache folder, with as many processes as help, under a name made of the files'
-names, sizes and times and of how they are read; later runs and other processes map it. Bad records are rows too, with
+place, names, sizes and times and of how they are read; later runs and other processes map it. Bad records are rows too, with
 a cause in place of content, so they are counted and named as often as anyone asks.
 """
 
@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -26,8 +27,9 @@ from tfusion.data.corpora import cache_folder
 log = logging.getLogger(__name__)
 
 VERSION = 1  # raised when what a reader makes of a file changes
-RECORDS_A_PROCESS = 500  # fewer are not worth another process
+BYTES_A_PROCESS = 2**25  # of files; fewer are not worth another process
 BYTES_A_WRITE = 2**26
+MOST_RECORDS_A_WRITE = 10_000  # more would only make the lists in memory longer, fewer the table's parts many
 COMMON = {  # of every table; `content` is a hash of what the record holds
     "key": datasets.Value("string"),
     "file": datasets.Value("string"),
@@ -52,19 +54,27 @@ Reader = Callable[[Any, dict[str, Any]], Iterator[dict[str, Any]]]
 
 
 def build_table(
-    reader: Reader, units: list[Any], options: dict[str, Any], columns: dict[str, Any], stamp: Any, record_bytes: int
+    reader: Reader,
+    units: list[Any],
+    options: dict[str, Any],
+    columns: dict[str, Any],
+    root: Path,
+    stamps: list[tuple[str, int, int]],
+    record_bytes: int,
 ) -> datasets.Dataset:
     """The table of all records, read now or mapped from the cache.
 
     Args:
         reader: a function at the top of a module; a unit and the options -> its records, `COMMON` and `columns`.
         units: parts that can be read apart, in order (pictures, shards, row groups, files).
-        options: what else the reader goes by; part of the cache's name.
+        options: what else the reader goes by; part of the cache's name, but for `corpus`, the name in errors.
         columns: features beside `COMMON`.
-        stamp: what says whether the files have changed.
-        record_bytes: of a large record; bounds the memory while writing.
+        root: where the files lie: two folders may hold files of the same names, sizes and times.
+        stamps: of `files.stamps`, what says whether the files have changed.
+        record_bytes: of a usual record; bounds the memory while writing.
     """
-    name = json.dumps([VERSION, reader.__name__, options, stamp], default=str)
+    read_by = {name: value for name, value in options.items() if name != "corpus"}
+    name = json.dumps([VERSION, reader.__name__, read_by, str(root), stamps], default=str)
     datasets.logging.set_verbosity_error()  # its warnings are about its own settings
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # a log file would hold each of their states
@@ -73,20 +83,26 @@ def build_table(
         features=datasets.Features(COMMON | columns),
         cache_dir=str(cache_folder() / "corpora"),
         gen_kwargs={"units": units, "reader": reader, "options": options},
-        num_proc=_num_processes(len(units)),
-        writer_batch_size=max(1, min(1000, BYTES_A_WRITE // max(1, record_bytes))),
+        num_proc=_num_processes(len(units), sum(size for _, size, _ in stamps)),
+        writer_batch_size=max(1, min(MOST_RECORDS_A_WRITE, BYTES_A_WRITE // max(1, record_bytes))),
         fingerprint=hashlib.sha256(name.encode()).hexdigest()[:32],
     )
 
 
 def _read_all(units: list[Any], reader: Reader, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for unit in units:
-        yield from reader(unit, options)
+        for record in reader(unit, options):
+            yield record | {name: _printable(record[name]) for name in ("key", "file", "detail")}
 
 
-def _num_processes(num_units: int) -> int | None:
+def _printable(text: str) -> str:
+    """UTF-8, which the names of files and of a tar's members need not be, and Arrow's strings must."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _num_processes(num_units: int, num_bytes: int) -> int | None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = min(cores, num_units // RECORDS_A_PROCESS if num_units > RECORDS_A_PROCESS else num_units)
+    wanted = min(cores, num_units, num_bytes // BYTES_A_PROCESS)
     return wanted if wanted > 1 else None
 
 
