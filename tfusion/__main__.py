@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from tfusion.callbacks.bad_records import BadRecordReport
 from tfusion.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, Checkpoint
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.perplexity import Perplexity
@@ -120,7 +121,7 @@ class TfusionCLI(LightningCLI):
         if self.subcommand == "fit":
             own = [run_folder.MetricsLogger(root), run_folder.EventsLogger(root)]
             kwargs["logger"] = own + _as_list(config.logger)
-        callbacks.append(TrainingMetrics())
+        callbacks += [BadRecordReport(), TrainingMetrics()]
         if config.accelerator == "auto" and not torch.cuda.is_available():
             kwargs["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sums of losses need
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

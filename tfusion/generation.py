@@ -93,7 +93,7 @@ class Generator:
     def _latents(self, image: PILImage.Image) -> Tensor:
         """Clean latents (C, h, w) of a picture, resized to the model's size (square, centre crop)."""
         size = self._image_size()
-        image = fit_square(image, size)
+        image = fit_square(image.convert("RGB"), size)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
         pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
         return self.image_tokenizer.encode(pixels[None].to(self.device))[0].to(self.dtype)

@@ -36,6 +36,7 @@ class TrainingMetrics(L.Callback):
         metrics["train/tokens_per_s"] = metrics.pop("train/positions") * rate
         metrics["train/images_per_s"] = metrics.pop("train/images") * rate
         metrics["train/seconds"] = self.seconds
+        metrics["data/bad_records"] = len(trainer.datamodule.bad_records)
         self.logged_step, self.logged_time = step, now
         pl_module.latest_metrics = metrics
         for logger in trainer.loggers:

@@ -12,7 +12,8 @@ def find_files(path: str | list[str], corpus: str) -> tuple[Path, list[Path]]:
     """The folder that keys are relative to, and all files, sorted; hidden files and folders are left out.
 
     Args:
-        path: folders (with all that is in them), files, or globs (`shards/*.tar`, `**` for any depth).
+        path: folders (with all that is in them), files, or globs (`shards/*.tar`, `**` for any depth); `~` and
+            environment variables (`$DATA/shards`) are expanded.
         corpus: named in errors.
 
     Raises:
@@ -24,7 +25,7 @@ def find_files(path: str | list[str], corpus: str) -> tuple[Path, list[Path]]:
     found: list[str] = []
     roots: list[str] = []
     for one in paths:
-        expanded = os.path.expanduser(one)
+        expanded = os.path.expandvars(os.path.expanduser(one))
         if os.path.isdir(expanded):
             files = _walk(expanded)
             if not files:
@@ -33,7 +34,7 @@ def find_files(path: str | list[str], corpus: str) -> tuple[Path, list[Path]]:
         elif os.path.isfile(expanded):
             files = [expanded]
             roots.append(os.path.dirname(expanded) or ".")
-        elif glob.has_magic(one):
+        elif glob.has_magic(expanded):
             files = [file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file)]
             if not files:
                 raise ValueError(

@@ -9,6 +9,7 @@ Legend: N labelled positions, I image slots, A micro-batches a step, W ranks.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,6 +98,8 @@ class TransfusionModule(L.LightningModule):
         self.text_tokenizer: TextTokenizer | None = None  # of the checkpoint, else the datamodule's
         self.latest_metrics: dict[str, float] = {}  # last logged, for the progress bar
         self.step_sums: Tensor | None = None
+        # not finite (I,) and keys of each micro-batch since the last logging step
+        self.latent_checks: deque[tuple[Tensor, tuple[str, ...]]] = deque(maxlen=1000)
         self.grad_norm: Tensor | None = None
         self.precision = "32-true"  # of generation without a trainer
         self._materialized = False
@@ -142,7 +145,7 @@ class TransfusionModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of the global means."""
-        nll, errors, timesteps = self._losses(self.model, batch)
+        nll, errors, timesteps, _ = self._losses(self.model, batch)
         counts = batch.step_counts.clone()
         if self.trainer.world_size > 1:
             dist.all_reduce(counts)
@@ -153,17 +156,26 @@ class TransfusionModule(L.LightningModule):
         # Lightning divides by A, DDP by W
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
-    def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each label (N,) and each image (I,), with the images' timesteps (I,)."""
+    def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each label (N,) and each image (I,), with the images' timesteps (I,) and which of them count (I,)."""
         clean = batch.noise_limits == 0  # given, not predicted: no loss
         with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
-            x_0 = self._latents(batch)
+            x_0, valid = self._finite(self._latents(batch), batch)
             timesteps = self.process.sample_timesteps(batch.time_uniforms, batch.noise_limits)
             x_t = self.process.add_noise(x_0, batch.noise, timesteps, clean)
             target = self.process.target(x_0, batch.noise, timesteps)
         logits, model_output = model(batch, x_t, timesteps)
         nll = token_nll(logits, batch.text_labels)
-        return nll, image_mse(model_output, target, batch.image_valid & ~clean), timesteps
+        return nll, image_mse(model_output, target, valid & ~clean), timesteps, valid
+
+    def _finite(self, x_0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Latents without NaN or infinity, and which images have a loss; pixels are spared the look."""
+        if isinstance(self.image_tokenizer, PixelTokenizer) and batch.latents is None:
+            return x_0, batch.image_valid
+        finite = x_0.isfinite().flatten(1).all(1)  # (I,)
+        if self.training:
+            self.latent_checks.append((batch.image_valid & ~finite, batch.image_keys))
+        return torch.where(finite[:, None, None, None], x_0, 0), batch.image_valid & finite
 
     def _latents(self, batch: Batch) -> Tensor:
         """(I, C, h, w) from what the batch holds."""
@@ -210,8 +222,8 @@ class TransfusionModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Losses of each label and image, for the metrics callback."""
-        nll, errors, _ = self._losses(self.evaluation_model, batch)
-        return {"nll": nll, "labels": batch.text_labels, "errors": errors, "valid": batch.image_valid}
+        nll, errors, _, valid = self._losses(self.evaluation_model, batch)
+        return {"nll": nll, "labels": batch.text_labels, "errors": errors, "valid": valid}
 
     def predict_step(self, batch: list[tuple[int, Request]], batch_idx: int) -> list[Generation]:
         """Samples for numbered requests."""
