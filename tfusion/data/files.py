@@ -78,7 +78,7 @@ def stamps(files: list[Path], root: Path) -> list[tuple[str, int, int]]:
 def _size_and_time(file: Path) -> tuple[int, int]:
     try:
         stat = os.stat(file)
-    except OSError:  # a link that leads nowhere: its record will say so
+    except (OSError, ValueError):  # a link that leads nowhere, a name that cannot be one: its record will say so
         return -1, -1
     return stat.st_size, stat.st_mtime_ns
 

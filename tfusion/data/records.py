@@ -1,8 +1,8 @@
 """Records of a user's files in one memory-mapped Arrow table: read, checked and converted once, then shared.
 
 `datasets` writes the table into the cache folder, with as many processes as help, under a name made of the files'
-place, names, sizes and times and of how they are read; later runs and other processes map it. Bad records are rows too, with
-a cause in place of content, so they are counted and named as often as anyone asks.
+place, names, sizes and times and of how they are read; later runs and other processes map it. Bad records are rows
+too, with a cause in place of content, so they are counted and named as often as anyone asks.
 """
 
 from __future__ import annotations
