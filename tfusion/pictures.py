@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 Resize = Literal["crop", "squash"]
 # What a corpus may hold, told from the content. Not all that PIL opens: it hands PostScript to an interpreter.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")  # MPO is read as JPEG
 # PIL turns against the clock; by the orientation that EXIF tells.
 TURNS = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
