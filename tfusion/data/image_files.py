@@ -108,8 +108,7 @@ class ImageFiles:
         # pictures that metadata, named outright, says the places of
         elsewhere = {unit[2] for unit in units if unit[0] == "file"}.difference(map(str, files))
         known = stamps([*files, *map(Path, sorted(elsewhere))], root)
-        record_bytes = 3 * self.image_size**2
-        return Table(build_table(read_pictures, units, self._options, COLUMNS, root, known, record_bytes), self.name)
+        return Table(build_table(read_pictures, units, self._options, COLUMNS, root, known), self.name)
 
 
 class StoredPictures(Sequence[CaptionedImage]):

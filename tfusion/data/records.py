@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tfusion.data.corpora import cache_folder
+from tfusion.data.record_builder import Reader, RecordBuilder
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # raised when what a reader makes of a file changes
 BYTES_A_PROCESS = 2**25  # of files; fewer are not worth another process
-BYTES_A_WRITE = 2**26
-MOST_RECORDS_A_WRITE = 10_000  # more would only make the lists in memory longer, fewer the table's parts many
 COMMON = {  # of every table; `content` is a hash of what the record holds
     "key": datasets.Value("string"),
     "file": datasets.Value("string"),
@@ -50,9 +49,6 @@ class BadRecord:
     detail: str = ""
 
 
-Reader = Callable[[Any, dict[str, Any]], Iterator[dict[str, Any]]]
-
-
 def build_table(
     reader: Reader,
     units: list[Any],
@@ -60,7 +56,6 @@ def build_table(
     columns: dict[str, Any],
     root: Path,
     stamps: list[tuple[str, int, int]],
-    record_bytes: int,
 ) -> datasets.Dataset:
     """The table of all records, read now or mapped from the cache.
 
@@ -71,33 +66,20 @@ def build_table(
         columns: features beside `COMMON`.
         root: where the files lie: two folders may hold files of the same names, sizes and times.
         stamps: of `files.stamps`, what says whether the files have changed.
-        record_bytes: of a usual record; bounds the memory while writing.
     """
     read_by = {name: value for name, value in options.items() if name != "corpus"}
     name = json.dumps([VERSION, reader.__name__, read_by, str(root), stamps], default=str)
     datasets.logging.set_verbosity_error()  # its warnings are about its own settings
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # a log file would hold each of their states
-    return datasets.Dataset.from_generator(
-        _read_all,
-        features=datasets.Features(COMMON | columns),
+    builder = RecordBuilder(
         cache_dir=str(cache_folder() / "corpora"),
+        config_id=hashlib.sha256(name.encode()).hexdigest()[:32],
+        features=datasets.Features(COMMON | columns),
         gen_kwargs={"units": units, "reader": reader, "options": options},
-        num_proc=_num_processes(len(units), sum(size for _, size, _ in stamps)),
-        writer_batch_size=max(1, min(MOST_RECORDS_A_WRITE, BYTES_A_WRITE // max(1, record_bytes))),
-        fingerprint=hashlib.sha256(name.encode()).hexdigest()[:32],
     )
-
-
-def _read_all(units: list[Any], reader: Reader, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for unit in units:
-        for record in reader(unit, options):
-            yield record | {name: _printable(record[name]) for name in ("key", "file", "detail")}
-
-
-def _printable(text: str) -> str:
-    """UTF-8, which the names of files and of a tar's members need not be, and Arrow's strings must."""
-    return text.encode(errors="backslashreplace").decode()
+    builder.download_and_prepare(num_proc=_num_processes(len(units), sum(size for _, size, _ in stamps)))
+    return builder.as_dataset(split="train")
 
 
 def _num_processes(num_units: int, num_bytes: int) -> int | None:

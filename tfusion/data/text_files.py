@@ -13,7 +13,7 @@ from tfusion.data.corpora import Split, check_split
 from tfusion.data.files import find_files, stamps
 from tfusion.data.image_files import check_val_share, default_name
 from tfusion.data.records import Table, build_table, split_rows
-from tfusion.data.text_records import COLUMNS, list_units, read_texts, usual_bytes
+from tfusion.data.text_records import COLUMNS, list_units, read_texts
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class TextFiles:
         check_split(split)
         table = self._table(self.val if self.val is not None and split == "val" else self.path)
         rows = table.rows[:0] if split == "test" else table.rows
-        if self.val is None and len(rows) == 1:
+        if self.val is None and self.val_share > 0 and len(rows) == 1:
             return _part_of(StoredTexts(table, rows), split, self.val_share)
         if self.val is None:
             held_out = split_rows(table.keys(), self.val_share)
@@ -75,9 +75,7 @@ class TextFiles:
     def _read(self, path: str | list[str]) -> Table:
         root, files = find_files(path, self.name)
         units = list_units(root, files, self._options)
-        known = stamps(files, root)
-        dataset = build_table(read_texts, units, self._options, COLUMNS, root, known, usual_bytes(files))
-        return Table(dataset, self.name)
+        return Table(build_table(read_texts, units, self._options, COLUMNS, root, stamps(files, root)), self.name)
 
 
 class StoredTexts(Sequence[str]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from io import BufferedReader
 from itertools import islice
@@ -21,7 +20,7 @@ COLUMNS = {"text": datasets.Value("large_string")}
 EMPTY = {"text": ""}
 TEXT_COLUMNS = ("text", "content")
 BOM = b"\xef\xbb\xbf"
-LOOKED_AT = 100  # lines to tell the column, files to tell the usual size
+LOOKED_AT = 100  # lines, to tell the column
 PART_BYTES = 2**26  # a longer .txt becomes several documents, cut at line ends
 MOST_LINE_BYTES = 2**28  # a line of .jsonl
 
@@ -77,21 +76,6 @@ def make_record(key: str, file: str, text: Any) -> dict[str, Any]:
     except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
         return bad(key, file, "not UTF-8", str(error)) | EMPTY
     return {"key": key, "file": file, "content": content_hash(data), "cause": "", "detail": "", "text": text}
-
-
-def usual_bytes(files: list[Path]) -> int:
-    """About those of a record, the most of the formats there are: from the first files."""
-    sizes = [1, *(min(file.stat().st_size, PART_BYTES) for file in files if file.suffix.lower() == ".txt")]
-    for file in [file for file in files if file.suffix.lower() == ".jsonl"][:LOOKED_AT]:
-        with file.open("rb") as lines:
-            start = lines.read(2**20)
-        sizes.append(len(start) // max(1, start.count(b"\n")))
-    for file in [file for file in files if file.suffix.lower() == ".parquet"][:LOOKED_AT]:
-        with contextlib.suppress(Exception):  # a broken one is told of elsewhere
-            rows = pq.read_metadata(file)
-            total = sum(rows.row_group(group).total_byte_size for group in range(rows.num_row_groups))
-            sizes.append(total // max(1, rows.num_rows))
-    return max(sizes)
 
 
 def _jsonl_unit(file: Path, name: str, options: dict[str, Any]) -> tuple:
