@@ -13,9 +13,20 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image as PILImage
-from PIL import ImageOps
 
 Resize = Literal["crop", "squash"]
+# What a corpus may hold, told from the content. Not all that PIL opens: it hands PostScript to an interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")  # MPO is read as JPEG
+# PIL turns against the clock; by the orientation that EXIF tells.
+TURNS = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
 
 
 class BadPicture(ValueError):
@@ -53,7 +64,7 @@ def decode(data: bytes, size: int, resize: Resize = "crop", extension: str = "")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, of large pictures and odd metadata; it raises where it matters
-            with PILImage.open(io.BytesIO(data)) as image:
+            with PILImage.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 notes = _wrong_extension(image.format, extension)
                 image.draft(image.mode, (2 * size, 2 * size))  # JPEG: decode at a fraction of the size, if large
@@ -75,16 +86,20 @@ def decode(data: bytes, size: int, resize: Resize = "crop", extension: str = "")
 def to_rgb(image: PILImage.Image) -> tuple[PILImage.Image, tuple[str, ...]]:
     """The picture in RGB as a person sees it, and what was converted."""
     notes = []
-    if getattr(image, "n_frames", 1) > 1:
+    if _is_animated(image):
         notes.append("animation: first frame")
         image.seek(0)
-    if image.getexif().get(0x0112, 1) != 1:  # orientation
+    turn = TURNS.get(_orientation(image))
+    if turn is not None:
         notes.append("EXIF rotation")
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, and what PIL reads as 32: `convert` would clip at 255
+        # not `ImageOps.exif_transpose`, which also writes the other tags anew and fails where one is broken
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):  # `convert` would clip at 255
         notes.append("16 bit")
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = PILImage.fromarray((values // 256 if values.max(initial=0) > 255 else values).astype(np.uint8))
+        values = np.asarray(image)
+        # "I" is 32 bits, and what a file's 8 or 16 bits became on the way there is not said
+        deep = image.mode != "I" or values.max(initial=0) > 255
+        image = PILImage.fromarray((values.clip(0, 65535) // 256 if deep else values.clip(0)).astype(np.uint8))
     if image.mode == "F":
         raise BadPicture("floating-point picture", "no one knows its range; save it with 8 bits")
     if image.mode in ("P", "CMYK"):
@@ -106,6 +121,22 @@ def fit_square(image: PILImage.Image, size: int, resize: Resize = "crop") -> PIL
     if (width, height) == (size, size):
         return image
     return image.resize((size, size), PILImage.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def _is_animated(image: PILImage.Image) -> bool:
+    """More than one frame; not a phone's JPEG with a second picture, nor where only the first can be read."""
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # of the second frame, which is not wanted
+        return False
+
+
+def _orientation(image: PILImage.Image) -> int:
+    """Of EXIF, which many programs write broken: then none."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:
+        return 1
 
 
 def _wrong_extension(found: str | None, extension: str) -> tuple[str, ...]:

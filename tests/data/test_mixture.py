@@ -171,13 +171,6 @@ def test_a_line_that_is_too_long_is_cut_at_spaces_or_between_characters() -> Non
     assert pieces("x" * 10, 4) == ["xxxx", "xxxx", "xx"]
 
 
-def test_a_text_longer_than_a_window_is_cut_alike(monkeypatch) -> None:
-    data = "".join(f"line {n} {'x' * (n % 23)}\n" for n in range(500)).encode()
-    whole = cut_text(data, 50)
-    monkeypatch.setattr("tfusion.data.text_pieces.SCANNED_BYTES", 128)
-    assert cut_text(data, 50) == whole
-
-
 def labelled_pairs(row: Sequence[Document], shape: RowShape, of_texts: bool) -> list[tuple[int, int]]:
     """(input id, label) of all labelled positions in documents without an image (or with one)."""
     batch = collate([row], shape, [("noise", 0)])

@@ -39,7 +39,7 @@ class BadRecords:
         counts = Counter(record.corpus for record in self.records)
         for corpus, count in counts.items():
             total = max(self.totals[corpus], count)
-            if count > self.max_share * total:
+            if count / total > self.max_share:  # the quotient of 29 and 100 is 0.29, 100 x 0.29 is less than 29
                 raise ValueError(
                     f"corpus {corpus!r}: {count} of {total} records are bad ({count / total:.2%}), data.max_bad_share "
                     f"allows {self.max_share:.2%}:\n{self.summary(corpus)}\nMend or remove them, or raise "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from itertools import islice
@@ -136,7 +137,7 @@ class MultimodalDataModule(L.LightningDataModule):
             raise ValueError(f"corpora of the same name in {names}: their metrics could not be told apart")
         for kind in ("image", "text"):
             weights, number = getattr(self, f"{kind}_weights"), len(getattr(self, f"{kind}_corpora"))
-            if weights is not None and (len(weights) != number or any(weight <= 0 for weight in weights)):
+            if weights is not None and (len(weights) != number or not all(0 < weight < math.inf for weight in weights)):
                 raise ValueError(
                     f"data.{kind}_weights is {list(weights)} for {number} {kind} corpora: expected one number "
                     "above 0 for each"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -21,25 +22,25 @@ def find_files(path: str | list[str], corpus: str) -> tuple[Path, list[Path]]:
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
         raise ValueError(f"corpus {corpus!r}: path is an empty list; give a folder, a file, a glob or several")
-    found: list[Path] = []
+    found: list[str] = []
     roots: list[str] = []
     for one in paths:
         expanded = os.path.expandvars(os.path.expanduser(one))
         if os.path.isdir(expanded):
-            files = _walk(Path(expanded))
+            files = _walk(expanded)
             if not files:
                 raise ValueError(f"corpus {corpus!r}: the folder {one!r} holds no file; give one with the data in it")
             roots.append(expanded)
         elif os.path.isfile(expanded):
-            files = [Path(expanded)]
+            files = [expanded]
             roots.append(os.path.dirname(expanded) or ".")
         elif glob.has_magic(expanded):
-            files = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
+            files = [file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file)]
             if not files:
                 raise ValueError(
                     f"corpus {corpus!r}: the glob {one!r} matches no file (from {os.getcwd()}); check it with ls"
                 )
-            roots.append(os.path.commonpath([os.path.abspath(file.parent) for file in files]))
+            roots.append(_fixed_part(expanded))
         else:
             raise ValueError(
                 f"corpus {corpus!r}: {one!r} does not exist (from {os.getcwd()}); "
@@ -47,23 +48,44 @@ def find_files(path: str | list[str], corpus: str) -> tuple[Path, list[Path]]:
             )
         found += files
     root = Path(os.path.commonpath([os.path.abspath(root) for root in roots]))
-    return root, sorted({Path(os.path.abspath(file)) for file in found})
+    return root, [Path(file) for file in sorted({os.path.abspath(file) for file in found})]
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: str) -> list[str]:
     files = []
+    seen = set()  # a link to a folder above would be followed for ever
     for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+        files += [os.path.join(place, name) for name in names if not name.startswith(".")]
     return files
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder before the first part with magic: keys must not change when the pattern finds another file."""
+    return os.path.join("", *takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)) or "."
 
 
 def stamps(files: list[Path], root: Path) -> list[tuple[str, int, int]]:
     """Name, bytes and time of last change of each file: what says that a corpus has to be read again."""
-    stats = [(file, file.stat()) for file in files]
-    return [(relative(file, root), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return [(relative(file, root), *_size_and_time(file)) for file in files]
 
 
-def relative(file: Path, root: Path) -> str:
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        stat = os.stat(file)
+    except (OSError, ValueError):  # a link that leads nowhere, a name that cannot be one: its record will say so
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
+
+
+def relative(file: str | Path, root: Path) -> str:
     """`file` as seen from `root`, with forward slashes: a name that does not depend on where the data lies."""
-    return Path(os.path.relpath(file, root)).as_posix()
+    path, base = os.fspath(file), os.path.join(root, "")
+    # `relpath` is slow for a million files, of which nearly all lie below
+    path = path[len(base) :] if path.startswith(base) else os.path.relpath(path, root)
+    return path.replace(os.sep, "/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,8 @@ class ImageFiles:
         self.path, self.val, self.val_share = path, val, check_val_share(val_share)
         self.image_size, self.flip = image_size, flip
         self.name = name or default_name(path)
+        if resize not in get_args(Resize):
+            raise ValueError(f"corpus {self.name!r}: got resize {resize!r}, expected one of {get_args(Resize)}")
         if image_size < 1:
             raise ValueError(f"corpus {self.name!r}: got image_size {image_size}, expected at least 1 pixel")
         self._tables: dict[str, Table] = {}
@@ -103,9 +105,10 @@ class ImageFiles:
     def _read(self, path: str | list[str]) -> Table:
         root, files = find_files(path, self.name)
         units = list_units(root, files, self._options)
-        side = self.image_size
-        dataset = build_table(read_pictures, units, self._options, COLUMNS, stamps(files, root), 3 * side * side)
-        return Table(dataset, self.name)
+        # pictures that metadata, named outright, says the places of
+        elsewhere = {unit[2] for unit in units if unit[0] == "file"}.difference(map(str, files))
+        known = stamps([*files, *map(Path, sorted(elsewhere))], root)
+        return Table(build_table(read_pictures, units, self._options, COLUMNS, root, known), self.name)
 
 
 class StoredPictures(Sequence[CaptionedImage]):

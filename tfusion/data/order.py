@@ -42,7 +42,8 @@ class Order:
         block, turn = divmod(index, PATTERN)
         corpus = int(corpora[turn])
         taken = block * int(counts[corpus]) + int(ranks[turn])  # by this corpus, before
-        epoch, document = element(self.kind, self.sizes[corpus], self.seed, taken)
+        # its number in the name: corpora of one size would else go through the same permutations side by side
+        epoch, document = element(f"{self.kind} {corpus}", self.sizes[corpus], self.seed, taken)
         return epoch, sum(self.sizes[:corpus]) + document
 
     @functools.cached_property

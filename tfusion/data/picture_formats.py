@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfusion.data.files import relative
@@ -48,8 +50,13 @@ def list_units(root: Path, files: list[Path], options: dict[str, Any]) -> list[t
             "expected metadata.jsonl or metadata.csv beside pictures, pictures with a .txt each, .tar shards or "
             ".parquet; say which with a glob, such as path: 'folder/*.tar'"
         )
-    if options["where"] and found[0] in ("tar", "pairs"):
-        raise ValueError(f"corpus {corpus!r}: where needs columns, which {found[0]} files do not have: leave it out")
+    for setting in {"tar": ("where", "image_column"), "pairs": ("where", "image_column", "caption_column")}.get(
+        found[0], ()
+    ):
+        if options[setting]:
+            raise ValueError(
+                f"corpus {corpus!r}: {setting} needs columns, which {found[0]} files do not have: leave it out"
+            )
     if found == ["tar"]:
         return [("tar", str(f), relative(f, root)) for f in files if f.suffix.lower() == ".tar"]
     if found == ["parquet"]:
@@ -74,91 +81,124 @@ def find_column(columns: Iterable[str], asked: str | None, usual: tuple[str, ...
 
 
 def _pair_units(root: Path, pictures: list[Path], texts: list[Path]) -> list[tuple]:
-    captions = {str(text.with_suffix("")): text for text in texts}
-    units, seen = [], set()
+    captions = {os.path.splitext(text)[0]: str(text) for text in texts}
+    units: list[tuple] = []
+    seen = set()
     for picture in pictures:
-        stem = str(picture.with_suffix(""))
-        key, file = relative(Path(stem), root), relative(picture, root)
+        stem = os.path.splitext(picture)[0]
+        key, file = relative(stem, root), relative(picture, root)
         if stem in seen:
             units.append(("bad", key, file, "duplicate key", "another picture has this name"))
         elif stem not in captions:
-            units.append(("bad", key, file, "no caption", f"there is no {Path(stem).name}.txt beside it"))
+            units.append(("bad", key, file, "no caption", f"there is no {os.path.basename(stem)}.txt beside it"))
         else:
-            units.append(("file", key, str(picture), file, str(captions[stem])))
+            units.append(("file", key, str(picture), file, captions[stem]))
         seen.add(stem)
     units += [
-        ("bad", relative(Path(stem), root), relative(text, root), "no picture", "a caption file without its picture")
+        ("bad", relative(stem, root), relative(text, root), "no picture", "a caption file without its picture")
         for stem, text in captions.items()
-        if stem not in seen and text.name.lower() not in ("readme.txt", "license.txt", "licence.txt")
+        if stem not in seen and os.path.basename(text).lower() not in ("readme.txt", "license.txt", "licence.txt")
     ]
     return units
 
 
 def _metadata_units(root: Path, metadata: list[Path], pictures: list[Path], options: dict[str, Any]) -> list[tuple]:
     units: list[tuple] = []
-    captions: dict[Path, list[str]] = {}  # several lines of one picture are several captions of it
+    captions: dict[str, list[str]] = {}  # several lines of one picture are several captions of it
     for file in metadata:
         name = relative(file, root)
-        rows = list(_jsonl_rows(file) if file.suffix.lower() == ".jsonl" else _csv_rows(file))
-        columns = list(dict.fromkeys(column for _, row in rows if isinstance(row, dict) for column in row))
+        read = _jsonl_rows if file.suffix.lower() == ".jsonl" else _csv_rows
+        columns: dict[str, None] = {}  # of all lines: one may leave out what others have
+        for _, row in read(file):
+            columns.update(dict.fromkeys(row if isinstance(row, dict) else ()))
         if not columns:
             raise ValueError(f"corpus {options['corpus']!r}: {name} has no line that can be read")
         of_caption = find_column(columns, options["caption_column"], CAPTION_COLUMNS, "caption_column", name)
         of_file = find_column(columns, options["image_column"], FILE_COLUMNS, "image_column", name)
-        for line, row in rows:
+        for line, row in read(file):
             if isinstance(row, str):
-                units.append(("bad", f"line {line}", name, "unreadable line", row))
+                units.append(("bad", f"line {line}", name, *_cause(row)))
             elif not isinstance(row.get(of_file), str) or not row[of_file]:
                 units.append(("bad", f"line {line}", name, "no picture", f"no {of_file} in the line"))
             elif wanted(row, options["where"]):
-                picture = file.parent / row[of_file]
+                picture = os.path.normpath(os.path.join(file.parent, row[of_file]))
                 captions.setdefault(picture, []).extend(as_captions(row.get(of_caption)))
-    units += [
-        ("file", relative(picture, root), str(picture), relative(picture, root), texts)
-        for picture, texts in captions.items()
-    ]
+    for picture, texts in captions.items():
+        key = relative(picture, root)
+        units.append(("file", key, picture, key, texts))
     if not options["where"]:
-        known = {picture.resolve() for picture in captions}
-        units += [
-            ("bad", relative(picture, root), relative(picture, root), "no caption", "no line of the metadata names it")
-            for picture in pictures
-            if picture.resolve() not in known
-        ]
+        for key in (relative(picture, root) for picture in pictures if str(picture) not in captions):
+            units.append(("bad", key, key, "no caption", "no line of the metadata names it"))
+    if not units:
+        raise ValueError(
+            f"corpus {options['corpus']!r}: where {options['where']} keeps no line of {len(metadata)} metadata files; "
+            f"columns found: {', '.join(columns)}"
+        )
     return units
+
+
+def _cause(trouble: str) -> tuple[str, str]:
+    """(cause, detail) of a line that cannot be read."""
+    return (trouble.split(" at ")[0] if trouble.startswith("not UTF-8") else "unreadable line", trouble)
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Numbered lines as objects, or what is wrong with them."""
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield number, parse_json(line)
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield number, parse_json(line)
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     # Bytes that are no UTF-8 become lone surrogates, which no caption may hold: they are found line by line.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(lines)
-        for row in reader:
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:  # a field of more than 128 KB, or a null byte
+                yield reader.line_num, str(error)
+                continue
+            if row is None:
+                return
+            row.pop(None, None)  # type: ignore[call-overload]  # fields beyond the header's
             text = "".join(value for value in row.values() if isinstance(value, str))
-            wrong = any("\udc80" <= c <= "\udcff" for c in text)
-            yield reader.line_num, ("not UTF-8" if wrong else row)
+            yield reader.line_num, ("not UTF-8" if not _is_utf8(text) else row)
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\udc80" <= c <= "\udcff" for c in text)
 
 
 def _parquet_units(root: Path, files: list[Path], options: dict[str, Any]) -> list[tuple]:
-    units = []
+    units: list[tuple] = []
     for file in files:
         name = relative(file, root)
         try:
             parquet = pq.ParquetFile(file)
         except Exception as error:  # pyarrow's, or the system's
-            raise ValueError(f"corpus {options['corpus']!r}: {name} is not readable as parquet: {error}") from error
+            units.append(("bad", name, name, "broken parquet", f"{type(error).__name__}: {error}"))
+            continue
         columns = parquet.schema_arrow.names
         of_caption = find_column(columns, options["caption_column"], CAPTION_COLUMNS, "caption_column", name)
         of_image = find_column(columns, options["image_column"], PICTURE_COLUMNS, "image_column", name)
         for column in options["where"] or {}:
             find_column(columns, column, (), "where", name)
+        kind = parquet.schema_arrow.field(of_image).type
+        if not (is_bytes(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)):
+            raise ValueError(
+                f"{name}: the column {of_image!r} is of type {kind}, expected the bytes of pictures, or a struct with "
+                f"bytes. Columns found: {', '.join(columns)}. Say which with image_column"
+            )
         row = 0
         for group in range(parquet.num_row_groups):
-            units.append(("parquet", str(file), name, group, row, of_image, of_caption))
-            row += parquet.metadata.row_group(group).num_rows
+            rows = parquet.metadata.row_group(group).num_rows
+            units.append(("parquet", str(file), name, group, row, rows, of_image, of_caption))
+            row += rows
     return units
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)

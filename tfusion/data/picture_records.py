@@ -107,14 +107,15 @@ def _read_file(key: str, path: str, file: str, captions: str | list[str], option
         yield make_record(key, file, Path(path).read_bytes(), Path(path).suffix[1:], texts, options)
     except UnicodeDecodeError as error:
         yield bad(key, f"{file.rsplit('.', 1)[0]}.txt", "not UTF-8", f"byte {error.start + 1}") | EMPTY
-    except OSError as error:
-        yield bad(key, file, "no picture", f"{type(error).__name__}: {error.strerror}") | EMPTY
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte or half a surrogate pair
+        yield bad(key, file, "no picture", f"{type(error).__name__}: {getattr(error, 'strerror', error)}") | EMPTY
 
 
 def _read_tar(path: str, name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The samples of a WebDataset shard: neighbours of one key, the name up to the first dot of its last part."""
     seen: set[str] = set()
-    key, members = None, {}
+    key: str | None = None
+    members: dict[str, bytes] = {}
     try:
         with tarfile.open(path) as tar:
             for member in tar:
@@ -122,52 +123,76 @@ def _read_tar(path: str, name: str, options: dict[str, Any]) -> Iterator[dict[st
                     continue
                 folder, _, last = member.name.rpartition("/")
                 stem, _, extension = last.partition(".")
+                extension = extension.lower()
                 this = f"{folder}/{stem}" if folder else stem
-                if this != key and key is not None:
+                if key is not None and (this != key or extension in members):
                     yield _sample(name, key, members, seen, options)
                     members = {}
                 key = this
-                content = tar.extractfile(member).read() if _is_wanted(extension) else b""  # type: ignore[union-attr]
-                members.setdefault(extension.lower(), []).append(content)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        yield bad(key or "", name, "truncated shard", f"{type(error).__name__}: {error}, after {key!r}") | EMPTY
+                members[extension] = tar.extractfile(member).read() if _is_wanted(extension) else b""  # type: ignore
+                tar.members.clear()  # it remembers all, for a random access that is not needed
+            end = _end_of(tar)
+    except Exception as error:  # tarfile's, or a decompressor's
+        full_key = name if key is None else f"{name}/{key}"
+        yield bad(full_key, name, "truncated shard", f"{type(error).__name__}: {error}") | EMPTY
         return
     if key is not None:
         yield _sample(name, key, members, seen, options)
+    if end:
+        yield bad(name, name, "truncated shard", f"{end} after {key!r}") | EMPTY
+
+
+def _end_of(tar: tarfile.TarFile) -> str:
+    """What is wrong with an archive's end: `tarfile` takes a broken header, and what follows it, for the end."""
+    tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
+    block = tar.fileobj.read(2**20)  # type: ignore[union-attr]
+    if not block:
+        return "no end mark"
+    while block:
+        if block.count(0) < len(block):
+            return "a broken header"
+        block = tar.fileobj.read(2**20)  # type: ignore[union-attr]
+    return ""
 
 
 def _is_wanted(extension: str) -> bool:
     return extension.lower() in ("txt", "json") or f".{extension.lower().split('.')[-1]}" in PICTURES
 
 
-def _sample(
-    name: str, key: str, members: dict[str, list[bytes]], seen: set[str], options: dict[str, Any]
-) -> dict[str, Any]:
+def _sample(name: str, key: str, members: dict[str, bytes], seen: set[str], options: dict[str, Any]) -> dict[str, Any]:
     full_key = f"{name}/{key}"
-    pictures = [(ext, data) for ext, many in members.items() if f".{ext.split('.')[-1]}" in PICTURES for data in many]
-    if key in seen or len(pictures) > 1:
+    pictures = [extension for extension in members if f".{extension.split('.')[-1]}" in PICTURES]
+    pictures = [extension for extension in pictures if "." not in extension] or pictures  # x.jpg, not x.depth.png
+    if key in seen:
         return bad(full_key, name, "duplicate key", "the shard has it twice") | EMPTY
     seen.add(key)
     if not pictures:
         return bad(full_key, name, "no picture", f"only {', '.join(members)}") | EMPTY
+    if len(pictures) > 1:
+        return bad(full_key, name, "duplicate key", f"several pictures: {', '.join(pictures)}") | EMPTY
     captions: list[str] = []
+    asked = options["caption_column"]
     try:
-        if "txt" in members:
-            captions = caption_lines(members["txt"][0])
+        if "txt" in members and not (asked and "json" in members):
+            captions = caption_lines(members["txt"])
         elif "json" in members:
-            row = parse_json(members["json"][0])
+            row = parse_json(members["json"])
             if isinstance(row, str):
                 return bad(full_key, name, "unreadable line", row) | EMPTY
-            names = (options["caption_column"],) if options["caption_column"] else CAPTION_COLUMNS
-            captions = next((as_captions(row[column]) for column in names if column in row), [])
+            columns = (asked,) if asked else CAPTION_COLUMNS
+            column = next((column for column in columns if column in row), None)
+            if column is None:
+                detail = f"its json has no {' or '.join(columns)}; found: {', '.join(row) or 'nothing'}"
+                return bad(full_key, name, "no caption", detail) | EMPTY
+            captions = as_captions(row[column])
     except UnicodeDecodeError as error:
         return bad(full_key, name, "not UTF-8", f"byte {error.start + 1} of its caption") | EMPTY
-    [(extension, data)] = pictures
-    return make_record(full_key, name, data, extension.split(".")[-1], captions, options)
+    extension = pictures[0]
+    return make_record(full_key, name, members[extension], extension.split(".")[-1], captions, options)
 
 
 def _read_parquet(
-    path: str, name: str, group: int, first: int, of_image: str, of_caption: str, options: dict[str, Any]
+    path: str, name: str, group: int, first: int, rows: int, of_image: str, of_caption: str, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     columns = list(dict.fromkeys([of_image, of_caption, *(options["where"] or {})]))
     number = first
@@ -176,20 +201,24 @@ def _read_parquet(
             for i in range(batch.num_rows):
                 yield from _parquet_row(batch, i, f"{name}:{number}", name, of_image, of_caption, options)
                 number += 1
-    except Exception as error:  # pyarrow's, of a broken page
-        yield bad(f"{name}:{number}", name, "broken parquet", f"{type(error).__name__}: {error}") | EMPTY
+    except Exception as error:  # pyarrow's, of a broken page: what follows in the group is lost with it
+        for lost in range(number, first + rows):
+            yield bad(f"{name}:{lost}", name, "broken parquet", f"{type(error).__name__}: {error}") | EMPTY
 
 
 def _parquet_row(
     batch: pa.RecordBatch, index: int, key: str, name: str, of_image: str, of_caption: str, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    if options["where"] and not wanted({c: batch[c][index].as_py() for c in options["where"]}, options["where"]):
-        return
     try:
+        if options["where"] and not wanted({c: batch[c][index].as_py() for c in options["where"]}, options["where"]):
+            return
         captions = as_captions(batch[of_caption][index].as_py())
     except UnicodeDecodeError as error:
-        yield bad(key, name, "not UTF-8", f"byte {error.start + 1} of its caption") | EMPTY
+        yield bad(key, name, "not UTF-8", f"byte {error.start + 1} of a text") | EMPTY
         return
-    image = batch[of_image][index].as_py()
-    data = image.get("bytes") if isinstance(image, dict) else image
-    yield make_record(key, name, data or b"", "", captions, options)
+    image = batch[of_image][index]
+    data = image["bytes"].as_py() if isinstance(image, pa.StructScalar) and image.is_valid else image.as_py()
+    if data is None:
+        yield bad(key, name, "no picture", f"{of_image} is null") | EMPTY
+    else:
+        yield make_record(key, name, data, "", captions, options)

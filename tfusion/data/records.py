@@ -1,8 +1,8 @@
 """Records of a user's files in one memory-mapped Arrow table: read, checked and converted once, then shared.
 
 `datasets` writes the table into the cache folder, with as many processes as help, under a name made of the files'
-names, sizes and times and of how they are read; later runs and other processes map it. Bad records are rows too, with
-a cause in place of content, so they are counted and named as often as anyone asks.
+place, names, sizes and times and of how they are read; later runs and other processes map it. Bad records are rows
+too, with a cause in place of content, so they are counted and named as often as anyone asks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -22,12 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tfusion.data.corpora import cache_folder
+from tfusion.data.record_builder import Reader, RecordBuilder
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # raised when what a reader makes of a file changes
-RECORDS_A_PROCESS = 500  # fewer are not worth another process
-BYTES_A_WRITE = 2**26
+BYTES_A_PROCESS = 2**25  # of files; fewer are not worth another process
 COMMON = {  # of every table; `content` is a hash of what the record holds
     "key": datasets.Value("string"),
     "file": datasets.Value("string"),
@@ -48,45 +49,42 @@ class BadRecord:
     detail: str = ""
 
 
-Reader = Callable[[Any, dict[str, Any]], Iterator[dict[str, Any]]]
-
-
 def build_table(
-    reader: Reader, units: list[Any], options: dict[str, Any], columns: dict[str, Any], stamp: Any, record_bytes: int
+    reader: Reader,
+    units: list[Any],
+    options: dict[str, Any],
+    columns: dict[str, Any],
+    root: Path,
+    stamps: list[tuple[str, int, int]],
 ) -> datasets.Dataset:
     """The table of all records, read now or mapped from the cache.
 
     Args:
         reader: a function at the top of a module; a unit and the options -> its records, `COMMON` and `columns`.
         units: parts that can be read apart, in order (pictures, shards, row groups, files).
-        options: what else the reader goes by; part of the cache's name.
+        options: what else the reader goes by; part of the cache's name, but for `corpus`, the name in errors.
         columns: features beside `COMMON`.
-        stamp: what says whether the files have changed.
-        record_bytes: of a large record; bounds the memory while writing.
+        root: where the files lie: two folders may hold files of the same names, sizes and times.
+        stamps: of `files.stamps`, what says whether the files have changed.
     """
-    name = json.dumps([VERSION, reader.__name__, options, stamp], default=str)
+    read_by = {name: value for name, value in options.items() if name != "corpus"}
+    name = json.dumps([VERSION, reader.__name__, read_by, str(root), stamps], default=str)
     datasets.logging.set_verbosity_error()  # its warnings are about its own settings
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # a log file would hold each of their states
-    return datasets.Dataset.from_generator(
-        _read_all,
-        features=datasets.Features(COMMON | columns),
+    builder = RecordBuilder(
         cache_dir=str(cache_folder() / "corpora"),
+        config_id=hashlib.sha256(name.encode()).hexdigest()[:32],
+        features=datasets.Features(COMMON | columns),
         gen_kwargs={"units": units, "reader": reader, "options": options},
-        num_proc=_num_processes(len(units)),
-        writer_batch_size=max(1, min(1000, BYTES_A_WRITE // max(1, record_bytes))),
-        fingerprint=hashlib.sha256(name.encode()).hexdigest()[:32],
     )
+    builder.download_and_prepare(num_proc=_num_processes(len(units), sum(size for _, size, _ in stamps)))
+    return builder.as_dataset(split="train")
 
 
-def _read_all(units: list[Any], reader: Reader, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for unit in units:
-        yield from reader(unit, options)
-
-
-def _num_processes(num_units: int) -> int | None:
+def _num_processes(num_units: int, num_bytes: int) -> int | None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = min(cores, num_units // RECORDS_A_PROCESS if num_units > RECORDS_A_PROCESS else num_units)
+    wanted = min(cores, num_units, num_bytes // BYTES_A_PROCESS)
     return wanted if wanted > 1 else None
 
 

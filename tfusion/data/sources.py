@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from PIL import Image as PILImage
 
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, TextCorpus
@@ -63,6 +64,10 @@ class EncodedTexts:
 
     def __len__(self) -> int:
         return len(self._texts)
+
+    def sizes(self) -> np.ndarray:
+        """(N,) bytes of each text."""
+        return np.array([len(text) for text in self._texts], np.int64)
 
     def utf8(self, index: int) -> memoryview:
         """A text's bytes."""

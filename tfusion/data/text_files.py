@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from tfusion.data.corpora import Split, check_split
 from tfusion.data.files import find_files, stamps
 from tfusion.data.image_files import check_val_share, default_name
 from tfusion.data.records import Table, build_table, split_rows
-from tfusion.data.text_records import COLUMNS, PART_BYTES, list_units, read_texts
+from tfusion.data.text_records import COLUMNS, list_units, read_texts
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class TextFiles:
         check_split(split)
         table = self._table(self.val if self.val is not None and split == "val" else self.path)
         rows = table.rows[:0] if split == "test" else table.rows
-        if self.val is None and len(rows) == 1:
+        if self.val is None and self.val_share > 0 and len(rows) == 1:
             return _part_of(StoredTexts(table, rows), split, self.val_share)
         if self.val is None:
             held_out = split_rows(table.keys(), self.val_share)
@@ -74,9 +75,7 @@ class TextFiles:
     def _read(self, path: str | list[str]) -> Table:
         root, files = find_files(path, self.name)
         units = list_units(root, files, self._options)
-        return Table(
-            build_table(read_texts, units, self._options, COLUMNS, stamps(files, root), PART_BYTES // 64), self.name
-        )
+        return Table(build_table(read_texts, units, self._options, COLUMNS, root, stamps(files, root)), self.name)
 
 
 class StoredTexts(Sequence[str]):
@@ -101,6 +100,12 @@ class StoredTexts(Sequence[str]):
         """A text's bytes, where they lie on disk."""
         data = memoryview(self.table.column("text")[int(self.rows[index])].as_buffer())
         return data if self.span is None else data[self.span[0] : self.span[1]]
+
+    def sizes(self) -> np.ndarray:
+        """(N,) bytes of each text, without reading them."""
+        if self.span is not None:
+            return np.array([self.span[1] - self.span[0]])
+        return pc.binary_length(self.table.column("text")).to_numpy()[self.rows]
 
     @property
     def content(self) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from tfusion.data.sources import EncodedTexts
 from tfusion.sequence import Document
 from tfusion.tokenizers.text import TextTokenizer
-
-SCANNED_BYTES = 2**24  # at a time
 
 
 class TextPieces(Sequence[Document]):
@@ -41,12 +40,7 @@ class TextPieces(Sequence[Document]):
         self.tokenizer = tokenizer
         self.corpora = [corpus if hasattr(corpus, "utf8") else EncodedTexts(corpus) for corpus in texts]
         # (text, start, end) of each piece of each corpus: 24 bytes a piece
-        self.pieces = [
-            np.array(
-                [(n, *span) for n in range(len(corpus)) for span in cut_text(corpus.utf8(n), max_bytes)], np.int64
-            ).reshape(-1, 3)
-            for corpus in self.corpora
-        ]
+        self.pieces = [_cut_corpus(corpus, max_bytes) for corpus in self.corpora]
         self.sizes = tuple(map(len, self.pieces))
         self._starts = [0, *accumulate(self.sizes)]
         self.weights = None
@@ -73,6 +67,18 @@ class TextPieces(Sequence[Document]):
         return self.tokenizer.encode(bytes(self.corpora[corpus].utf8(text)[start:end]).decode())
 
 
+def _cut_corpus(corpus: Any, max_bytes: int) -> np.ndarray:
+    """(pieces, 3): text, start, end; only texts of more than a piece are read."""
+    sizes = corpus.sizes()
+    whole = np.flatnonzero((sizes > 0) & (sizes <= max_bytes))
+    pieces = [np.stack([whole, np.zeros_like(whole), sizes[whole]], axis=1)]
+    for text in np.flatnonzero(sizes > max_bytes):
+        spans = np.array(cut_text(corpus.utf8(int(text)), max_bytes), np.int64)
+        pieces.append(np.insert(spans, 0, text, axis=1))
+    together = np.concatenate(pieces).astype(np.int64, copy=False)
+    return together[together[:, 0].argsort(kind="stable")]
+
+
 def cut_text(data: memoryview | bytes, max_bytes: int) -> list[tuple[int, int]]:
     """(start, end) in bytes of pieces of whole lines, as many lines as fit in `max_bytes`.
 
@@ -80,24 +86,12 @@ def cut_text(data: memoryview | bytes, max_bytes: int) -> list[tuple[int, int]]:
     """
     spans, start = [], 0
     while start < len(data):
-        # Line ends of a window at a time, so that a long text costs no multiple of itself in memory.
-        window = data[start : start + max(SCANNED_BYTES, 2 * max_bytes)]
-        ends = np.flatnonzero(np.frombuffer(window, np.uint8) == ord("\n")) + 1
-        whole = start + len(window) == len(data)
-        at = 0
-        while at < len(window):
-            last = int(np.searchsorted(ends, at + max_bytes, side="right")) - 1
-            if len(window) - at <= max_bytes:
-                if not whole:
-                    break  # the next window says where its lines end
-                end = len(window)
-            elif last >= 0 and ends[last] > at:
-                end = int(ends[last])
-            else:
-                end = _cut_line(window, at, max_bytes)
-            spans.append((start + at, start + end))
-            at = end
-        start += at
+        end = len(data)
+        if end - start > max_bytes:
+            end = start + bytes(data[start : start + max_bytes]).rfind(b"\n") + 1
+            end = end if end > start else _cut_line(data, start, max_bytes)
+        spans.append((start, end))
+        start = end
     return spans
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from tfusion.data.records import bad, content_hash
 COLUMNS = {"text": datasets.Value("large_string")}
 EMPTY = {"text": ""}
 TEXT_COLUMNS = ("text", "content")
+BOM = b"\xef\xbb\xbf"
+LOOKED_AT = 100  # lines, to tell the column
 PART_BYTES = 2**26  # a longer .txt becomes several documents, cut at line ends
 MOST_LINE_BYTES = 2**28  # a line of .jsonl
 
@@ -38,8 +42,7 @@ def list_units(root: Path, files: list[Path], options: dict[str, Any]) -> list[t
         if suffix == ".txt":
             units.append(("txt", str(file), name))
         elif suffix == ".jsonl":
-            column = find_column(_first_columns(file), options["column"], TEXT_COLUMNS, "column", name)
-            units.append(("jsonl", str(file), name, column))
+            units.append(_jsonl_unit(file, name, options))
         elif suffix == ".parquet":
             units += _parquet_units(file, name, options)
     if not units:
@@ -53,8 +56,14 @@ def list_units(root: Path, files: list[Path], options: dict[str, Any]) -> list[t
 
 def read_texts(unit: tuple, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The records of a unit, rows of `records.COMMON` and `COLUMNS`."""
+    if unit[0] == "bad":
+        yield bad(*unit[1:]) | EMPTY
+        return
     reader = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet}[unit[0]]
-    yield from reader(*unit[1:])
+    try:
+        yield from reader(*unit[1:])
+    except OSError as error:
+        yield bad(unit[2], unit[2], "unreadable file", f"{type(error).__name__}: {error.strerror}") | EMPTY
 
 
 def make_record(key: str, file: str, text: Any) -> dict[str, Any]:
@@ -69,47 +78,64 @@ def make_record(key: str, file: str, text: Any) -> dict[str, Any]:
     return {"key": key, "file": file, "content": content_hash(data), "cause": "", "detail": "", "text": text}
 
 
-def _first_columns(file: Path) -> list[str]:
-    """Of the first line that can be read."""
-    with file.open("rb") as lines:
-        for line in iter(lambda: lines.readline(MOST_LINE_BYTES), b""):
-            row = parse_json(line)
-            if isinstance(row, dict):
-                return list(row)
-    return []
+def _jsonl_unit(file: Path, name: str, options: dict[str, Any]) -> tuple:
+    """Its column is told from the first lines that can be read."""
+    columns: dict[str, None] = {}
+    try:
+        with file.open("rb") as lines:
+            empty = True
+            for line in islice(iter(lambda: lines.readline(MOST_LINE_BYTES), b""), LOOKED_AT):
+                empty = False
+                row = parse_json(line.removeprefix(BOM))
+                columns.update(dict.fromkeys(row if isinstance(row, dict) else ()))
+    except OSError as error:
+        return ("bad", name, name, "unreadable file", f"{type(error).__name__}: {error.strerror}")
+    if empty:
+        return ("bad", name, name, "zero bytes")
+    if not columns:  # each line will be told of
+        return ("jsonl", str(file), name, options["column"] or TEXT_COLUMNS[0])
+    return ("jsonl", str(file), name, find_column(columns, options["column"], TEXT_COLUMNS, "column", name))
 
 
 def _parquet_units(file: Path, name: str, options: dict[str, Any]) -> list[tuple]:
     try:
         parquet = pq.ParquetFile(file)
     except Exception as error:  # pyarrow's, or the system's
-        raise ValueError(f"corpus {options['corpus']!r}: {name} is not readable as parquet: {error}") from error
+        return [("bad", name, name, "broken parquet", f"{type(error).__name__}: {error}")]
     column = find_column(parquet.schema_arrow.names, options["column"], TEXT_COLUMNS, "column", name)
     units, row = [], 0
     for group in range(parquet.num_row_groups):
-        units.append(("parquet", str(file), name, group, row, column))
-        row += parquet.metadata.row_group(group).num_rows
+        rows = parquet.metadata.row_group(group).num_rows
+        units.append(("parquet", str(file), name, group, row, rows, column))
+        row += rows
     return units
 
 
 def _read_txt(path: str, name: str) -> Iterator[dict[str, Any]]:
-    """One document, or several of at most 64 MB."""
-    try:
-        with open(path, "rb") as file:
-            number, offset = 0, 0
-            while data := file.read(PART_BYTES):
-                if len(data) == PART_BYTES:
-                    data += file.readline(PART_BYTES)  # to the end of the line
-                key = name if number == 0 else f"{name}#{number}"
-                try:
-                    yield make_record(key, name, data.decode("utf-8-sig" if number == 0 else "utf-8"))
-                except UnicodeDecodeError as error:
-                    yield bad(key, name, "not UTF-8", f"byte {offset + error.start + 1}") | EMPTY
-                number, offset = number + 1, offset + len(data)
-            if number == 0:
-                yield bad(name, name, "zero bytes") | EMPTY
-    except OSError as error:
-        yield bad(name, name, "unreadable file", f"{type(error).__name__}: {error.strerror}") | EMPTY
+    """One document, or several of about 64 MB."""
+    with open(path, "rb") as file:
+        number, offset = 0, 0
+        while data := _read_part(file):
+            key = name if number == 0 else f"{name}#{number}"
+            bom = len(BOM) if number == 0 and data.startswith(BOM) else 0
+            try:
+                yield make_record(key, name, data[bom:].decode())
+            except UnicodeDecodeError as error:
+                yield bad(key, name, "not UTF-8", f"byte {offset + bom + error.start + 1}") | EMPTY
+            number, offset = number + 1, offset + len(data)
+        if number == 0:
+            yield bad(name, name, "zero bytes") | EMPTY
+
+
+def _read_part(file: BufferedReader) -> bytes:
+    """To the end of a line, or, where that is far, of a character."""
+    data = file.read(PART_BYTES)
+    if len(data) == PART_BYTES:
+        data += file.readline(PART_BYTES)
+        for _ in range(3):
+            if not data.endswith(b"\n") and file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:
+                data += file.read(1)
+    return data
 
 
 def _read_jsonl(path: str, name: str, column: str) -> Iterator[dict[str, Any]]:
@@ -123,7 +149,7 @@ def _read_jsonl(path: str, name: str, column: str) -> Iterator[dict[str, Any]]:
                     line = lines.readline(MOST_LINE_BYTES)
                 yield bad(key, name, "enormous text", f"a line of more than {MOST_LINE_BYTES >> 20} MB") | EMPTY
                 continue
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(BOM)
             if line.strip():
                 row = parse_json(line)
                 if isinstance(row, str):
@@ -133,7 +159,7 @@ def _read_jsonl(path: str, name: str, column: str) -> Iterator[dict[str, Any]]:
                     yield make_record(key, name, row.get(column))
 
 
-def _read_parquet(path: str, name: str, group: int, first: int, column: str) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: str, name: str, group: int, first: int, rows: int, column: str) -> Iterator[dict[str, Any]]:
     number = first
     try:
         for batch in pq.ParquetFile(path).iter_batches(256, row_groups=[group], columns=[column]):
@@ -143,5 +169,6 @@ def _read_parquet(path: str, name: str, group: int, first: int, column: str) -> 
                 except UnicodeDecodeError as error:
                     yield bad(f"{name}:{number}", name, "not UTF-8", f"byte {error.start + 1}") | EMPTY
                 number += 1
-    except Exception as error:  # pyarrow's, of a broken page
-        yield bad(f"{name}:{number}", name, "broken parquet", f"{type(error).__name__}: {error}") | EMPTY
+    except Exception as error:  # pyarrow's, of a broken page: what follows in the group is lost with it
+        for lost in range(number, first + rows):
+            yield bad(f"{name}:{lost}", name, "broken parquet", f"{type(error).__name__}: {error}") | EMPTY
