@@ -1,4 +1,4 @@
-"""Any picture file as a square RGB picture: what training does with a corpus, generation does with a prompt.
+"""Any picture file as a square RGB picture; prompts are converted as corpora are (and always cropped, not squashed).
 
 Transparency becomes white, 16 bits become 8, EXIF rotation is applied, CMYK and palettes are converted, and of an
 animation the first frame is taken. What cannot be read raises `BadPicture`, which says why in a few words.

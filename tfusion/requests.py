@@ -135,7 +135,7 @@ def _parse_segment(segment: Any, folder: Path) -> Segment:
             try:
                 with PILImage.open(path) as image:
                     return to_rgb(image)[0]
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
                 raise ValueError(
                     f"image {str(path)!r} cannot be read ({error}); give a path relative to the file"
                 ) from error

@@ -125,7 +125,7 @@ def main(args: list[str] | None = None) -> None:
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     if data.image_corpora:
         draw(data, options.samples).save(out / "samples.png")
-    sys.stdout.write(f"written: {out / 'report.json'}, samples.png\n")
+    sys.stdout.write(f"written: {', '.join(str(path) for path in sorted(out.iterdir()))}\n")
     try:
         bad.check()
     except ValueError as error:

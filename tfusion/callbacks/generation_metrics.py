@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tfusion.data.corpora import CaptionedImage
-from tfusion.data.sources import load_split
+from tfusion.data.sources import captions_of
 from tfusion.metrics import Clip, ClipScore, FrechetDistance, ImageFeatures
 from tfusion.metrics.frechet import read_reference, reference_path, write_reference
 from tfusion.requests import Generation, Request
@@ -72,7 +72,8 @@ class GenerationMetrics(pl.Callback):
         for network in self.networks:
             network.load(trainer.strategy.root_device)
         for corpus in trainer.datamodule.image_corpora:  # type: ignore[attr-defined]
-            self._check_numbers(trainer.is_global_zero, corpus.name, len(load_split(corpus, "val")))
+            pictures = trainer.datamodule.validation_pictures(corpus)  # type: ignore[attr-defined]
+            self._check_numbers(trainer.is_global_zero, corpus.name, len(pictures))
 
     def _check_numbers(self, speaks: bool, corpus: str, pictures: int) -> None:
         """Refuse what has no covariance, and say which distances will be biased."""
@@ -106,7 +107,8 @@ class GenerationMetrics(pl.Callback):
             self._last_step = trainer.global_step
         metrics: dict[str, float] = {}
         for corpus in trainer.datamodule.image_corpora:  # type: ignore[attr-defined]
-            metrics |= self._measure(trainer, pl_module, corpus.name, load_split(corpus, "val"))
+            pictures = trainer.datamodule.validation_pictures(corpus)  # type: ignore[attr-defined]
+            metrics |= self._measure(trainer, pl_module, corpus.name, pictures)
         # as in Perplexity: where `best` and `tfusion validate` read them
         pl_module.log_dict(metrics, logger=False, sync_dist=False)
         for logger in trainer.loggers:
@@ -118,7 +120,7 @@ class GenerationMetrics(pl.Callback):
         """The metrics of one corpus; collective."""
         start = time.monotonic()
         numbers = list(range(trainer.global_rank, self.num_images, trainer.world_size))
-        captions = [pictures[i % len(pictures)].captions[0] for i in numbers]
+        captions = [captions_of(pictures, i % len(pictures))[0] for i in numbers]
         config = pl_module.generation
         requests = [
             Request((caption,), "image", seed=i, config=config) for i, caption in zip(numbers, captions, strict=True)

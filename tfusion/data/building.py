@@ -43,6 +43,10 @@ def count_bad_records(corpora: Sequence[ImageCorpus | TextCorpus], max_share: fl
     for corpus in corpora:
         for table in corpus.tables() if hasattr(corpus, "tables") else []:
             found.add(table.bad, corpus.name, len(table.dataset))
+            if not len(table.rows):
+                raise ValueError(
+                    f"corpus {corpus.name!r}: all {len(table.dataset)} records are bad:\n{found.summary(corpus.name)}"
+                )
     found.check()
     return found
 
@@ -54,7 +58,7 @@ def make_tokenizer(
     if file is not None:
         return TextTokenizer.from_file(file)
     # Reading a caption may mean drawing its picture.
-    captions = [c for i in range(min(len(pictures), CAPTIONS_FOR_TOKENIZER)) for c in captions_of(pictures, i)]
+    captions = [c for some in first_captions(pictures, CAPTIONS_FOR_TOKENIZER) for c in some]
     some, room = [], BYTES_FOR_TOKENIZER
     for corpus in texts:
         room_here = room // max(1, len(texts))
@@ -64,6 +68,12 @@ def make_tokenizer(
             some.append(text if len(text) <= room_here else text[:room_here])
             room_here -= len(text)
     return TextTokenizer.train([*some, *captions], vocab_size)
+
+
+def first_captions(pictures: Sequence[CaptionedImage], most: int) -> list[tuple[str, ...]]:
+    """Captions of the first pictures of each corpus, at most so many pictures in all."""
+    parts = pictures.parts if isinstance(pictures, Concatenated) else [pictures]
+    return [captions_of(part, i) for part in parts for i in range(min(len(part), most // len(parts)))]
 
 
 def check_vocab_size(tokenizer: TextTokenizer, wanted: int) -> None:
@@ -119,7 +129,7 @@ def check_rows(
     shape: RowShape, pictures: Sequence[CaptionedImage], tokenizer: TextTokenizer, image_share: float
 ) -> None:
     """The first thousand image documents fit a row, and the slots can hold the share of images."""
-    first = [captions_of(pictures, i) for i in range(min(len(pictures), 1000))]
+    first = first_captions(pictures, 1000)
     longest = [max(map(len, tokenizer.encode_batch(captions))) for captions in first]
     lengths = [length + shape.num_patches + 4 for length in longest]  # BOS, BOI, EOI, EOS
     if max(lengths) > shape.seq_len:

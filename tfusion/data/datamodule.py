@@ -105,6 +105,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self.mixture: Mixture | None = None
         self.layout: StepLayout | None = None  # of training
         self.bad_records = BadRecords(max_bad_share)
+        self._val_pictures: dict[str, Concatenated] = {}
         self.val_views: list[str] = []
         self.step, self.positions = 0, {}  # of the data: committed when a whole step has been consumed
 
@@ -179,6 +180,7 @@ class MultimodalDataModule(L.LightningDataModule):
     def prepare_mixture(self, module: Sizes) -> None:
         """Load the training data and check it against a model, before any time is spent."""
         corpora = self.image_corpora + self.text_corpora
+        self._val_pictures = {}
         self.bad_records = count_bad_records(corpora, self.max_bad_share)
         texts = load_texts(self.text_corpora)
         pictures = Concatenated([load_split(corpus, "train") for corpus in self.image_corpora])
@@ -223,9 +225,12 @@ class MultimodalDataModule(L.LightningDataModule):
         return loaders
 
     def validation_pictures(self, corpus: ImageCorpus) -> Sequence[CaptionedImage]:
-        """The held-out pictures of a corpus."""
-        pictures = Concatenated([load_split(corpus, "val")])
-        return drop_long_captions(pictures, self.tokenizer, self.mixture.shape, BadRecords(1.0))
+        """The held-out pictures of a corpus, less those whose captions fit no row."""
+        if corpus.name not in self._val_pictures:
+            pictures = Concatenated([load_split(corpus, "val")])
+            allowed = BadRecords(max_share=1.0)  # those of training are limited
+            self._val_pictures[corpus.name] = drop_long_captions(pictures, self.tokenizer, self.mixture.shape, allowed)
+        return self._val_pictures[corpus.name]
 
     def predict_dataloader(self) -> DataLoader:
         """Lists of (number, request); rank r has requests r, r + W, ..., and at least one list, if an empty one.
@@ -247,7 +252,10 @@ class MultimodalDataModule(L.LightningDataModule):
             requests += [{"segments": [p.captions[0]], "generate": "image"} for p in first[:num_images]]
             requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions]]
         lines = (
-            line for corpus in self.text_corpora for text in load_split(corpus, "val") for line in text.splitlines()
+            line
+            for corpus in self.text_corpora
+            for text in corpus.load("val") or load_split(corpus, "train")
+            for line in text.splitlines()
         )
         openings = list(islice((line[:200] for line in lines if len(line) > 30), num_texts))
         text = {"generate": "text", "temperature": 0.8, "top_p": 0.95}

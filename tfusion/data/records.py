@@ -78,7 +78,16 @@ def build_table(
         features=datasets.Features(COMMON | columns),
         gen_kwargs={"units": units, "reader": reader, "options": options},
     )
-    builder.download_and_prepare(num_proc=_num_processes(len(units), sum(size for _, size, _ in stamps)))
+    try:
+        builder.download_and_prepare(num_proc=_num_processes(len(units), sum(size for _, size, _ in stamps)))
+    except OSError as error:
+        raise ValueError(
+            f"corpus {options['corpus']!r}: its records cannot be kept in {cache_folder()} ({error}); make room there, "
+            "or set TFUSION_CACHE to a writable folder"
+        ) from error
+    if not builder.info.splits or not builder.info.splits["train"].num_examples:
+        where = f" whose columns are {options['where']}" if options.get("where") else ""
+        raise ValueError(f"corpus {options['corpus']!r}: {len(stamps)} files under {root} hold no record{where}")
     return builder.as_dataset(split="train")
 
 

@@ -114,10 +114,12 @@ class StoredTexts(Sequence[str]):
 
 
 def _part_of(texts: StoredTexts, split: Split, val_share: float) -> StoredTexts:
-    """A single text's beginning, to train on, or its end, cut at a line end where there is one."""
+    """A single text's beginning, to train on, or its end, cut at a line end if one is near."""
     data = texts.utf8(0)
     middle = int(len(data) * (1 - val_share))
-    cut = data[:middle].tobytes().rfind(b"\n") + 1 or middle
+    near = max(0, middle - (len(data) - middle) // 2)
+    line_end = data[near:middle].tobytes().rfind(b"\n") + 1
+    cut = near + line_end if line_end else middle
     while cut < len(data) and data[cut] & 0xC0 == 0x80:  # not within a character
         cut += 1
     return StoredTexts(texts.table, texts.rows, (0, cut) if split == "train" else (cut, len(data)))
