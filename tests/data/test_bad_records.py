@@ -150,9 +150,7 @@ def test_captions_longer_than_a_row_count_too(tmp_path: Path, attached, tiny_mod
     path = _pairs(tmp_path / "own", 20, 0)
     (tmp_path / "own" / "003.txt").write_text("x" * 57)  # 4 patches, 4 marks and 57 bytes: one more than 64
     (tmp_path / "own" / "004.txt").write_text("x" * 56)
-    with pytest.raises(
-        ValueError, match=r"1 x caption longer than a row: 003.png \(57 tokens, a row has room for 56\)"
-    ):
+    with pytest.raises(ValueError, match=r"1 x caption longer than a row: 003.png \(57 tokens, .* room for 56\)"):
         attached(tiny_data(image_corpora=[ImageFiles(path, 8, val_share=0)], text_corpora=[]), tiny_module())
     corpus = ImageFiles(path, 8, val_share=0)
     data = attached(tiny_data(image_corpora=[corpus], text_corpora=[], max_bad_share=0.05), tiny_module())

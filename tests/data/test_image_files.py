@@ -155,6 +155,9 @@ def test_separate_validation_pictures(pairs: Path, tmp_path: Path) -> None:
     assert len(corpus.load("train")) == N
     assert set(as_is(corpus.load("val"))) == {place_of(n) for n in range(N)}
     assert len(corpus.tables()) == 2
+    with pytest.raises(ValueError, match="13 files of val .* are also in path .* would be trained on"):
+        ImageFiles(str(tmp_path / "*" / "**"), S, val=str(held_out)).tables()
+    assert len(ImageFiles(str(held_out), S, val=str(held_out)).tables()) == 2, "on purpose"
 
 
 def test_long_captions_are_dropped_as_one_by_one(tmp_path: Path, monkeypatch) -> None:

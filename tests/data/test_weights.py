@@ -93,9 +93,7 @@ def test_wrong_weights_are_refused(tiny_data, pictures, texts, kind: str, weight
         name = "other"
 
     corpora = {"image_corpora": [pictures, Other()]} if kind == "image" else {"text_corpora": [texts, Other()]}
-    with pytest.raises(
-        ValueError, match=rf"data.{kind}_weights is \[.*for 2 {kind} corpora: expected one number above 0"
-    ):
+    with pytest.raises(ValueError, match=rf"data.{kind}_weights is \[.*for 2 {kind} corpora: expected one number"):
         tiny_data(**corpora, **{f"{kind}_weights": weights})
 
 
@@ -114,7 +112,7 @@ def fit(tmp_path: Path, tiny_module, tiny_data, tiny_trainer):
         trainer = tiny_trainer(steps, callbacks=[EMA(0.9)])
         module.on_train_batch_end = lambda *_: losses.append(float(module.step_metrics()["train/loss"]))
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-        path = str(tmp_path / f"{steps}.ckpt")
+        path = str(tmp_path / f"{steps}{' resumed' if resume else ''}.ckpt")
         trainer.save_checkpoint(path)
         return losses, path
 
@@ -134,9 +132,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_resume_is_exact_where_the_folder_moved_and_refused_where_it_changed(
-    fit, folder: Path, tmp_path: Path
-) -> None:
+def test_a_resume_is_exact_where_files_moved_and_refused_where_they_changed(fit, folder: Path, tmp_path: Path) -> None:
     whole, end = fit(folder, 6)
     before, half = fit(folder, 3)
     moved = tmp_path / "elsewhere" / "moved"
