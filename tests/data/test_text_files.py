@@ -166,7 +166,7 @@ def test_a_broken_page_of_parquet_costs_its_row_group(tmp_path: Path) -> None:
 
 
 def test_a_single_text_is_split_without_loss_or_overlap(tmp_path: Path) -> None:
-    for text in ("".join(f"line {n} é漢\n" for n in range(100)), "漢" * 100):
+    for text in ("".join(f"line {n} é漢\n" for n in range(100)), "漢" * 101):
         (tmp_path / "a.txt").write_bytes(text.encode())
         for share in (0.05, 0.1, 0.5):
             corpus = TextFiles(str(tmp_path), val_share=share)

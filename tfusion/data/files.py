@@ -27,28 +27,37 @@ def find_files(path: str | list[str], corpus: str) -> tuple[Path, list[Path]]:
     for one in paths:
         expanded = os.path.expandvars(os.path.expanduser(one))
         if os.path.isdir(expanded):
-            files = _walk(expanded)
+            files = _walk(os.path.abspath(expanded))
             if not files:
                 raise ValueError(f"corpus {corpus!r}: the folder {one!r} holds no file; give one with the data in it")
-            roots.append(expanded)
+            roots.append(os.path.abspath(expanded))
         elif os.path.isfile(expanded):
-            files = [expanded]
-            roots.append(os.path.dirname(expanded) or ".")
+            files = [os.path.abspath(expanded)]
+            roots.append(os.path.dirname(files[0]))
         elif glob.has_magic(expanded):
-            files = [file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file)]
+            files = [os.path.abspath(file) for file in glob.glob(expanded, recursive=True) if os.path.isfile(file)]
             if not files:
                 raise ValueError(
                     f"corpus {corpus!r}: the glob {one!r} matches no file (from {os.getcwd()}); check it with ls"
                 )
-            roots.append(_fixed_part(expanded))
+            roots.append(os.path.abspath(_fixed_part(expanded)))
         else:
             raise ValueError(
                 f"corpus {corpus!r}: {one!r} does not exist (from {os.getcwd()}); "
                 "give the path of a folder or file, or a glob"
             )
         found += files
-    root = Path(os.path.commonpath([os.path.abspath(root) for root in roots]))
-    return root, [Path(file) for file in sorted({os.path.abspath(file) for file in found})]
+    return Path(os.path.commonpath(roots)), [Path(file) for file in sorted(set(found))]
+
+
+def check_apart(path: str | list[str], val: str | list[str], corpus: str) -> None:
+    """Raise ValueError where what is validated is trained on, unless it is the same on purpose."""
+    shared = set(find_files(path, corpus)[1]) & set(find_files(val, corpus)[1]) if path != val else set()
+    if shared:
+        raise ValueError(
+            f"corpus {corpus!r}: {len(shared)} files of val {val!r} are also in path {path!r}, such as "
+            f"{str(min(shared))!r}, and would be trained on: give path the other folders, or a glob"
+        )
 
 
 def _walk(folder: str) -> list[str]:
@@ -67,7 +76,7 @@ def _walk(folder: str) -> list[str]:
 
 def _fixed_part(pattern: str) -> str:
     """The folder before the first part with magic: keys must not change when the pattern finds another file."""
-    return os.path.join("", *takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)) or "."
+    return os.path.join("", *takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
 
 
 def stamps(files: list[Path], root: Path) -> list[tuple[str, int, int]]:

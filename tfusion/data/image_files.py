@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 
 from tfusion.data.corpora import CaptionedImage, Split, check_split
-from tfusion.data.files import find_files, stamps
+from tfusion.data.files import check_apart, find_files, stamps
 from tfusion.data.picture_formats import list_units
 from tfusion.data.picture_records import COLUMNS, read_pictures
 from tfusion.data.records import BadRecord, Table, build_table, split_rows
@@ -95,6 +95,8 @@ class ImageFiles:
 
     def tables(self) -> list[Table]:
         """All records, good and bad, of the training files and of separate validation files."""
+        if self.val is not None:
+            check_apart(self.path, self.val, self.name)
         return [self._table(path) for path in (self.path, self.val) if path is not None]
 
     def _table(self, path: str | list[str]) -> Table:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tfusion.data.corpora import Split, check_split
-from tfusion.data.files import find_files, stamps
+from tfusion.data.files import check_apart, find_files, stamps
 from tfusion.data.image_files import check_val_share, default_name
 from tfusion.data.records import Table, build_table, split_rows
 from tfusion.data.text_records import COLUMNS, list_units, read_texts
@@ -65,6 +65,8 @@ class TextFiles:
 
     def tables(self) -> list[Table]:
         """All records, good and bad, of the training files and of separate validation files."""
+        if self.val is not None:
+            check_apart(self.path, self.val, self.name)
         return [self._table(path) for path in (self.path, self.val) if path is not None]
 
     def _table(self, path: str | list[str]) -> Table:
