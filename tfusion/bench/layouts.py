@@ -4,8 +4,8 @@
 
 A small model learns shapes and Shakespeare in fp32 on the CPU, once in one process and once in each layout of two
 processes (gloo), always with the same rows a step. In most steps the ranks hold unequal numbers of labels and of
-images, so that a mean of the ranks' means would differ by up to a half. Shown is the largest relative difference, over all steps, of
-text loss, diffusion loss and gradient norm from those of one process.
+images, so that a mean of the ranks' means would differ by up to a half. Shown is the largest relative difference,
+over all steps, of text loss, diffusion loss and gradient norm from those of one process.
 """
 
 from __future__ import annotations
