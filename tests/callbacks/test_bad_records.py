@@ -101,6 +101,7 @@ def test_records_of_the_corpora_are_reported_at_start_and_end(tmp_path, caplog) 
         default_root_dir=str(tmp_path / "run"),
         is_global_zero=True,
         fast_dev_run=False,
+        global_step=0,
     )
     callback = BadRecordReport()
     with caplog.at_level(logging.WARNING):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.data.corpora import CaptionedImage
+from tfusion.data.sources import load_split
 from tfusion.metrics import Clip, FeatureNetwork
 from tfusion.requests import Generation, GenerationConfig, Request
 
@@ -49,6 +50,9 @@ class Data(pl.LightningDataModule):
     def __init__(self, *corpora: Corpus) -> None:
         super().__init__()
         self.image_corpora = corpora
+
+    def validation_pictures(self, corpus: Corpus):
+        return load_split(corpus, "val")
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.zeros(100, 1), batch_size=1)

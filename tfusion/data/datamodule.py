@@ -257,9 +257,9 @@ class MultimodalDataModule(L.LightningDataModule):
             for text in corpus.load("val") or load_split(corpus, "train")
             for line in text.splitlines()
         )
-        openings = list(islice((line[:200] for line in lines if len(line) > 30), num_texts))
+        openings = islice((f"{line}\n"[: max(31, self.seq_len // 4)] for line in lines if len(line) > 30), num_texts)
         text = {"generate": "text", "temperature": 0.8, "top_p": 0.95}
-        requests += [{"segments": [line + "\n"], "seed": i, **text} for i, line in enumerate(openings)]
+        requests += [{"segments": [opening], "seed": i, **text} for i, opening in enumerate(openings)]
         return [parse_request(request, defaults) for request in requests]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
