@@ -19,7 +19,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
-from tfusion.generation import Generator, bf16_copy
+from tfusion.generation import Generator, bf16_copy, by_columns
 from tfusion.losses import image_mse, token_nll
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import Generation, GenerationConfig, Request, parse_request
@@ -233,6 +233,8 @@ class TransfusionModule(L.LightningModule):
         model = self.evaluation_model
         if "bf16" in str(self.precision if self._trainer is None else self.trainer.precision):
             model = bf16_copy(model)  # callbacks run outside autocast, and predict's re-casts at every call
+        elif model.embedding.weight.device.type == "cpu" and any(r.generate != "image" for r in parsed):
+            model = by_columns(model)  # text is one vector times every matrix, token after token
         with torch.autocast(model.embedding.weight.device.type, enabled=False):  # predict_step runs inside Lightning's
             return self._generator(model).generate(parsed, numbers)
 
