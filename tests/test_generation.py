@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from tests.reference.generation import choose, naive_generate
 from tfusion.diffusion import NoiseProcess
-from tfusion.generation import Generator, bf16_copy
+from tfusion.generation import Generator, bf16_copy, by_columns
 from tfusion.models.transfusion import Transfusion
 from tfusion.randomness import generator
 from tfusion.requests import GenerationConfig, Request
@@ -256,3 +256,13 @@ def test_eoi_is_never_sampled(model, tokenizer):
     finally:
         model.text_head = head
     assert len(generation.segments) == 1
+
+
+def test_by_columns_is_the_same_model_in_another_layout():
+    model = Transfusion(261, (3, 8, 8), 4, 32, 1, 4, max_seq_len=96).materialize("cpu", 0)
+    copied = by_columns(model)
+    for (name, weight), other in zip(model.named_parameters(), copied.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+    linear, other = model.text_head.weight, copied.text_head.weight
+    assert (linear.stride(), other.stride()) == ((32, 1), (1, 261))
+    assert copied.embedding.weight is model.embedding.weight  # all but the linear layers is shared

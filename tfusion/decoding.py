@@ -24,7 +24,7 @@ from tfusion.models.transfusion import Transfusion
 from tfusion.randomness import generator
 from tfusion.requests import Request, Segment
 from tfusion.samplers import Sampler, SamplerName
-from tfusion.sequence import BOI_ID, BOS_ID, EOI_ID, EOS_ID, PAD_ID
+from tfusion.sequence import BOI_ID, BOS_ID, EOI_ID, EOS_ID, NUM_SPECIAL_IDS, PAD_ID
 from tfusion.token_sampling import sample_tokens
 from tfusion.tokenizers import ImageTokenizer, TextTokenizer
 
@@ -151,7 +151,10 @@ class Decoding:
                 contents.append([token] if self._take(self.rows[i], token, length) else [])
             going = [k for k, content in enumerate(contents) if content]
             if len(going) <= len(order) // 2:  # compact: ended rows cost as much as living ones
-                self._keep(cache, order, [k for k, content in enumerate(contents) if not content])
+                waiting = [
+                    k for k, content in enumerate(contents) if not content and self.rows[order[k]].state == "image"
+                ]
+                self._keep(cache, order, waiting)  # of a row that is done nothing is needed
                 if not going:
                     return
                 cache, order = cache.select(going), [order[k] for k in going]
@@ -177,15 +180,15 @@ class Decoding:
         return True
 
     def _next_tokens(self, hidden: Tensor, rows: list[Sample], lengths: list[int]) -> list[int]:
-        banned = torch.zeros(len(rows), EOI_ID + 1, dtype=torch.bool)
-        banned[:, [PAD_ID, BOS_ID, EOI_ID]] = True  # EOI is appended, never sampled
-        for r, row in enumerate(rows):
+        banned = []
+        for row, length in zip(rows, lengths, strict=True):
             config, kind = row.request.config, row.request.generate
-            room = lengths[r] + self.P + 2 <= row.limit and row.num_images < config.max_new_images
-            banned[r, BOI_ID] = not (kind == "any" and room)
-            banned[r, EOS_ID] = kind == "text" and row.num_tokens == 0  # asked for text: say something
+            room = length + self.P + 2 <= row.limit and row.num_images < config.max_new_images
+            no_eos = kind == "text" and row.num_tokens == 0  # asked for text: say something
+            no_boi = not (kind == "any" and room)
+            banned.append([True, True, no_eos, no_boi, True])  # by id; EOI is appended, never sampled
         logits = self.model.text_head(hidden).float()  # (R, V)
-        logits[:, : EOI_ID + 1].masked_fill_(banned.to(self.device), float("-inf"))
+        logits[:, :NUM_SPECIAL_IDS].masked_fill_(torch.tensor(banned, device=self.device), float("-inf"))
         configs, V = [row.request.config for row in rows], logits.shape[-1]
         if all(config.temperature == 0 for config in configs):
             return logits.argmax(-1).tolist()  # as below, without sorting

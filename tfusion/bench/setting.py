@@ -7,10 +7,8 @@ is what `tfusion fit` and `generate` run. Text is bytes, so a prompt of n charac
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
@@ -97,14 +95,12 @@ def parser(doc: str | None, batch: int, dtype: str, rounds: int, warmup: int) ->
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
-    """The sizes, checked; sets the number of threads, and keeps everything but the result off the screen."""
+    """The sizes, checked; sets the number of threads."""
     sizes = Sizes(**{name: getattr(options, name) for name in Sizes.__dataclass_fields__})
     if sizes.patch_dim != 3 * sizes.patch_size**2:
         raise ValueError(f"--patch-dim is {sizes.patch_dim}, expected 3 k k for a patch of k x k pixels: 12, 48, 192")
     if sizes.threads is not None:
         torch.set_num_threads(sizes.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
     return sizes
 
 

@@ -20,7 +20,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
-from tfusion.generation import Generator
+from tfusion.generation import Generator, by_columns
 from tfusion.losses import image_mse, token_nll
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import Generation, GenerationConfig, Request, parse_request
@@ -226,6 +226,9 @@ class TransfusionModule(L.LightningModule):
         numbers = list(range(len(parsed))) if numbers is None else numbers
         self.check_requests(parsed, numbers)
         model = self._whole[0] if self._whole else self._generation_model()
+        weight = model.embedding.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and any(r.generate != "image" for r in parsed):
+            model = by_columns(model)  # text is one vector times every matrix, token after token
         generations: list[Generation] = []
         with torch.autocast(model.embedding.weight.device.type, enabled=False):  # predict_step runs inside Lightning's
             generator = self._generator(model)

@@ -1,0 +1,160 @@
+"""The three speed benches at tiny sizes: what they print hangs together. Nothing here depends on how long it took."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tfusion.bench import sampling, text, train_step
+from tfusion.bench.flops import forward_flops, matmul_rate
+from tfusion.bench.setting import PRECISIONS, Sizes, in_turn, our_module, parser, sizes_of
+
+TINY = {"dim": 32, "layers": 2, "heads": 2, "image-side": 2, "patch-dim": 12, "batch": 2, "rounds": 2, "warmup": 1}
+FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
+needs_peer = pytest.mark.skipif(
+    importlib.util.find_spec("transfusion_pytorch") is None, reason="transfusion-pytorch is not installed"
+)
+
+
+def printed(bench, capsys: pytest.CaptureFixture, *args: str) -> dict:
+    """The JSON object, alone on the output."""
+    capsys.readouterr()
+    bench.main([*FLAGS, *args])
+    [line] = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+@pytest.fixture
+def sizes() -> Sizes:
+    return sizes_of(parser("", 2, "fp32", 2, 1).parse_args(FLAGS))
+
+
+@pytest.mark.parametrize("dtype", list(PRECISIONS))
+def test_training_step(dtype: str, capsys: pytest.CaptureFixture) -> None:
+    result = printed(train_step, capsys, "--text-len", "5", "--dtype", dtype)
+    assert result["seq_len"] == 5 + 2 * 2 + 4  # text, patches, BOS, BOI, EOI, EOS
+    assert result["positions"] == 2 * result["seq_len"]
+    assert result["tokens_per_s"] == pytest.approx(result["positions"] / result["step_s"])
+    assert result["samples_per_s"] == pytest.approx(2 / result["step_s"])
+    share = result["step_flops"] / result["step_s"] / result["matmul_flops_per_s"]
+    assert result["matmul_share"] == pytest.approx(share)
+    assert result["fastest_step_s"] <= result["step_s"]
+    assert "peer" not in result and "ratio" not in result
+    assert result["dtype"] == dtype
+
+
+def test_the_timed_step_trains(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up and timed rounds are optimizer steps of the real module, with its clipping."""
+    modules = []
+    monkeypatch.setattr(train_step, "our_module", lambda *a, **k: modules.append(our_module(*a, **k)) or modules[0])
+    train_step.measure(sizes, 5, with_peer=False)
+    [module] = modules
+    assert module.trainer.global_step == 3
+    assert module.trainer.gradient_clip_val == 1.0
+    assert module.grad_norm > 0
+    fresh = our_module(sizes, 13)
+    fresh.materialize("cpu")
+    unchanged = [
+        name
+        for (name, trained), weight in zip(module.model.named_parameters(), fresh.model.parameters(), strict=True)
+        if torch.equal(trained, weight)
+    ]
+    assert not unchanged
+
+
+def test_model_flops_are_those_that_torch_counts(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention products as two matrix products, for torch does not count SDPA on every device."""
+
+    def written_out(query, key, value, mask):
+        return (query @ key.transpose(-2, -1)).masked_fill(~mask, float("-inf")).softmax(-1) @ value
+
+    monkeypatch.setattr("tfusion.models.transformer.attend", written_out)
+    batch = train_step.our_batch(sizes, *train_step.samples_of(sizes, 5))
+    rows, T = batch.token_ids.shape
+    model = our_module(sizes, T).model.materialize("cpu", 0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch, batch.noise, batch.time_uniforms)
+    labels, images = len(batch.text_labels), len(batch.image_valid)
+    assert forward_flops(model, rows, T, labels, images) == counter.get_total_flops()
+    assert train_step.training_flops(model, rows, T, labels, images) == 3 * counter.get_total_flops()
+
+
+def test_both_sides_get_the_same_samples(sizes: Sizes) -> None:
+    """Text ids moved up past the special ones, patches in raster order."""
+    texts, patches = train_step.samples_of(sizes, 5)
+    batch = train_step.our_batch(sizes, texts, patches)
+    assert (batch.token_ids[:, 1:6] - 5).tolist() == [text.tolist() for text in texts]
+    encoder = our_module(sizes, batch.token_ids.shape[1]).model.materialize("cpu", 0).patch_encoder
+    seen = []
+    encoder.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    encoder(batch.latents, batch.time_uniforms)
+    assert torch.equal(seen[0], patches)
+
+
+@pytest.mark.parametrize("dtype", list(PRECISIONS))
+def test_sampling(dtype: str, capsys: pytest.CaptureFixture) -> None:
+    result = printed(sampling, capsys, "--nfe", "3", "--guidance", "3", "--prompt-len", "4", "--dtype", dtype)
+    assert result["nfe"] == 3, "network evaluations an image"
+    assert 0 < result["fastest_s_per_image"] <= result["s_per_image"]
+    assert (result["guidance"], result["prompt_len"], result["dtype"]) == (3, 4, dtype)
+    assert "ratio" not in result
+
+
+@pytest.mark.parametrize("dtype", list(PRECISIONS))
+def test_text(dtype: str, capsys: pytest.CaptureFixture) -> None:
+    result = printed(text, capsys, "--prompt-len", "4", "--new-tokens", "7", "--dtype", dtype)
+    assert result["new_tokens"] == 7, "no sample ends before it must"
+    assert 0 < result["tokens_per_s"] <= result["fastest_tokens_per_s"]
+    assert "ratio" not in result
+
+
+@needs_peer
+def test_training_step_beside_the_peer(capsys: pytest.CaptureFixture) -> None:
+    result = printed(train_step, capsys, "--text-len", "5", "--peer")
+    peer = result["peer"]
+    assert peer["seq_len"] > 5 + 4
+    assert peer["positions"] == 2 * peer["seq_len"]
+    assert result["tokens_ratio"] == pytest.approx(result["tokens_per_s"] / peer["tokens_per_s"])
+    assert result["samples_ratio"] == pytest.approx(peer["step_s"] / result["step_s"])
+    assert result["ratio"] == min(result["tokens_ratio"], result["samples_ratio"])
+    assert peer["params"] > result["params"]
+
+
+@needs_peer
+def test_sampling_beside_the_peer(capsys: pytest.CaptureFixture) -> None:
+    result = printed(sampling, capsys, "--nfe", "3", "--prompt-len", "4", "--batch", "1", "--peer")
+    samplers = {name: result["peer"][name] for name in ("sample_one", "sample_one_cached", "sample_many")}
+    for figures in samplers.values():
+        assert figures["calls"] >= 2 * 3, "the conditional and the null network at each evaluation"
+        assert figures["calls"] <= 2 * 3 + 2
+    best = min(samplers, key=lambda name: samplers[name]["s_per_image"])
+    assert result["peer"]["best"] == best
+    assert result["ratio"] == pytest.approx(samplers[best]["s_per_image"] / result["s_per_image"])
+
+
+@needs_peer
+def test_text_beside_the_peer(capsys: pytest.CaptureFixture) -> None:
+    result = printed(text, capsys, "--prompt-len", "4", "--new-tokens", "7", "--peer")
+    assert result["peer"]["calls"] == result["new_tokens"] == 7
+    assert result["ratio"] == pytest.approx(result["tokens_per_s"] / result["peer"]["tokens_per_s"])
+
+
+def test_calls_are_timed_in_turn_after_the_warm_up() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = in_turn(calls, rounds=2, warmup=1)
+    assert order == list("ababab")
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2}
+
+
+def test_matmul_rate_is_positive() -> None:
+    assert matmul_rate(torch.float32, size=16, repeats=2) > 0
+
+
+def test_a_patch_that_is_no_square_of_pixels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--patch-dim is 50, expected 3 k k"):
+        sizes_of(parser("", 1, "fp32", 1, 1).parse_args(["--patch-dim", "50"]))
