@@ -249,7 +249,8 @@ class MultimodalDataModule(L.LightningDataModule):
         if self.image_corpora:
             pictures = self.mixture.images.pictures
             first = [pictures[i] for i in range(min(len(pictures), max(num_images, num_captions)))]
-            requests += [{"segments": [p.captions[0]], "generate": "image"} for p in first[:num_images]]
+            captions = [picture.captions[0] for picture in first[:num_images]]
+            requests += [{"segments": [c], "generate": "image", "seed": i} for i, c in enumerate(captions)]
             requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions]]
         lines = (
             line
