@@ -73,7 +73,7 @@ def make(workers: int = 0, prompts: Path | None = None, **model: Any) -> tuple[T
     data = MultimodalDataModule(
         [TinyPictures()],
         [TinyTexts()],
-        BYTES_VOCAB_SIZE,
+        vocab_size=BYTES_VOCAB_SIZE,
         seq_len=64,
         rows_per_step=4,
         lanes=2,
