@@ -29,7 +29,7 @@ TIERS = [
         "data.record_builder",
     },
     {"data.records", "data.text_pieces"},
-    {"data.mixture", "data.picture_records", "data.bad_records"},
+    {"data.mixture", "data.picture_records", "data.bad_records", "data.file_corpus"},
     {"data.picture_formats", "data.building"},
     {"data.text_records", "data.image_files"},
     {"data.text_files", "data.steps", "data.validation", "data.prompts", "metrics"},

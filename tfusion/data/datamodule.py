@@ -296,9 +296,10 @@ class MultimodalDataModule(L.LightningDataModule):
             self.tokenizer = self.trainer.lightning_module.text_tokenizer  # ids mean what the weights have learned
             return  # validate and predict read no training data
         for name, here in self._identity().items():
-            if state.get(name) != here:
+            there = state.get(name)
+            if there != here:
                 raise ValueError(
-                    f"the checkpoint was trained with {name} {state.get(name)!r}, this run has {here!r}: an exact resume "
+                    f"the checkpoint was trained with {name} {there!r}, this run has {here!r}: an exact resume "
                     "needs the same data, seed and rows; set them back, or start a new run in another folder"
                 )
         self.step, self.positions = state["step"], dict(state["positions"])

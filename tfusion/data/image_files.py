@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,16 +12,15 @@ import pyarrow.compute as pc
 import torch
 
 from tfusion.data.corpora import CaptionedImage, Split, check_split
-from tfusion.data.files import check_apart, find_files, stamps
+from tfusion.data.file_corpus import FileCorpus
+from tfusion.data.files import find_files, stamps
 from tfusion.data.picture_formats import list_units
 from tfusion.data.picture_records import COLUMNS, read_pictures
 from tfusion.data.records import BadRecord, Table, build_table, split_rows
 from tfusion.pictures import Resize
 
-log = logging.getLogger(__name__)
 
-
-class ImageFiles:
+class ImageFiles(FileCorpus):
     """Captioned pictures in folders, WebDataset shards or parquet; the format is told from the files.
 
     - a folder with `metadata.jsonl` or `metadata.csv`: `{"file_name": "a.jpg", "text": "a cat"}` a line; `text` may be
@@ -61,14 +59,12 @@ class ImageFiles:
         image_column: str | None = None,
         where: dict[str, Any] | None = None,
     ) -> None:
-        self.path, self.val, self.val_share = path, val, check_val_share(val_share)
+        super().__init__(path, val, val_share, name)
         self.image_size, self.flip = image_size, flip
-        self.name = name or default_name(path)
         if resize not in get_args(Resize):
             raise ValueError(f"corpus {self.name!r}: got resize {resize!r}, expected one of {get_args(Resize)}")
         if image_size < 1:
             raise ValueError(f"corpus {self.name!r}: got image_size {image_size}, expected at least 1 pixel")
-        self._tables: dict[str, Table] = {}
         self._options: dict[str, Any] = {
             "corpus": self.name,
             "image_size": image_size,
@@ -77,11 +73,6 @@ class ImageFiles:
             "image_column": image_column,
             "where": where,
         }
-
-    def prepare(self) -> None:
-        """Read all files into the cache, unless that has been done; one process does it for all."""
-        for table in self.tables():
-            log.info("corpus %s: %d records, %d of them bad", self.name, len(table.dataset), len(table.bad))
 
     def load(self, split: Split) -> Sequence[CaptionedImage]:
         """The split's pictures; raises ValueError where there are no files or their format cannot be told."""
@@ -92,17 +83,6 @@ class ImageFiles:
             held_out = split_rows(table.keys(), self.val_share)
             rows = rows[held_out if split == "val" else ~held_out]
         return StoredPictures(table, rows[:0] if split == "test" else rows, self.image_size, self.flip)
-
-    def tables(self) -> list[Table]:
-        """All records, good and bad, of the training files and of separate validation files."""
-        if self.val is not None:
-            check_apart(self.path, self.val, self.name)
-        return [self._table(path) for path in (self.path, self.val) if path is not None]
-
-    def _table(self, path: str | list[str]) -> Table:
-        if str(path) not in self._tables:
-            self._tables[str(path)] = self._read(path)
-        return self._tables[str(path)]
 
     def _read(self, path: str | list[str]) -> Table:
         root, files = find_files(path, self.name)
@@ -179,18 +159,3 @@ class StoredPictures(Sequence[CaptionedImage]):
                 bad.append(BadRecord(self.table.corpus, "caption longer than a row", file, key, detail))
         rows = np.delete(self.rows, none_left)
         return StoredPictures(self.table, rows, self.image_size, self.flip, kept), bad
-
-
-def default_name(path: str | list[str]) -> str:
-    """The last part of a path that says something: `flowers` of `data/flowers/64/*.tar`."""
-    first = path if isinstance(path, str) else (path[0] if path else "")
-    stems = [Path(part).stem for part in Path(first).parts if not set(part) & set("*?[")]
-    stems = [stem for stem in stems if stem.strip("./\\") and not stem.isdigit()]
-    return stems[-1] if stems else "files"
-
-
-def check_val_share(val_share: float) -> float:
-    """Raise ValueError unless it is a share that leaves something to train on."""
-    if not 0 <= val_share < 1:
-        raise ValueError(f"got val_share {val_share}, expected at least 0 and less than 1")
-    return val_share

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +9,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tfusion.data.corpora import Split, check_split
-from tfusion.data.files import check_apart, find_files, stamps
-from tfusion.data.image_files import check_val_share, default_name
+from tfusion.data.file_corpus import FileCorpus
+from tfusion.data.files import find_files, stamps
 from tfusion.data.records import Table, build_table, split_rows
 from tfusion.data.text_records import COLUMNS, list_units, read_texts
 
-log = logging.getLogger(__name__)
 
-
-class TextFiles:
+class TextFiles(FileCorpus):
     """Texts in `.txt` (a file is a document), `.jsonl` (a line) or `.parquet` (a row), or folders of these.
 
     They are read and checked once, into the cache folder, and mapped from there by all processes. What cannot be used
@@ -41,15 +38,8 @@ class TextFiles:
         name: str | None = None,
         column: str | None = None,
     ) -> None:
-        self.path, self.val, self.val_share = path, val, check_val_share(val_share)
-        self.name = name or default_name(path)
-        self._tables: dict[str, Table] = {}
+        super().__init__(path, val, val_share, name)
         self._options: dict[str, Any] = {"corpus": self.name, "column": column}
-
-    def prepare(self) -> None:
-        """Read all files into the cache, unless that has been done; one process does it for all."""
-        for table in self.tables():
-            log.info("corpus %s: %d records, %d of them bad", self.name, len(table.dataset), len(table.bad))
 
     def load(self, split: Split) -> Sequence[str]:
         """The split's texts; raises ValueError where there are no files or their format cannot be told."""
@@ -62,17 +52,6 @@ class TextFiles:
             held_out = split_rows(table.keys(), self.val_share)
             rows = rows[:0] if split == "test" else rows[held_out if split == "val" else ~held_out]
         return StoredTexts(table, rows)
-
-    def tables(self) -> list[Table]:
-        """All records, good and bad, of the training files and of separate validation files."""
-        if self.val is not None:
-            check_apart(self.path, self.val, self.name)
-        return [self._table(path) for path in (self.path, self.val) if path is not None]
-
-    def _table(self, path: str | list[str]) -> Table:
-        if str(path) not in self._tables:
-            self._tables[str(path)] = self._read(path)
-        return self._tables[str(path)]
 
     def _read(self, path: str | list[str]) -> Table:
         root, files = find_files(path, self.name)
