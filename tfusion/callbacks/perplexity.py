@@ -21,6 +21,9 @@ class Perplexity(L.Callback):
     """
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.text, self.image = {}, {}
+        if not hasattr(pl_module, "generate"):
+            return  # no model of sequences: it measures itself
         data = trainer.datamodule
         sizes = token_bytes(data.tokenizer)
         images = [view for view in data.val_views if view + GIVEN_IMAGE in data.val_views]
@@ -37,6 +40,8 @@ class Perplexity(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         view = trainer.datamodule.val_views[dataloader_idx]
+        if view not in self.text:
+            return
         labels = outputs["labels"]
         counted = labels >= NUM_SPECIAL_IDS
         if view in self.image:
@@ -46,6 +51,8 @@ class Perplexity(L.Callback):
         self.text[view].update(outputs["nll"], labels, counted)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.text:
+            return
         metrics: dict[str, float] = {}
         nats = tokens = total = images = 0.0
         for view, text in self.text.items():

@@ -86,6 +86,8 @@ class SampleGrid(pl.Callback):
     @torch.no_grad()
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_step = trainer.global_step
+        if not hasattr(pl_module, "generate"):
+            return  # nothing to show
         if self._requests is None:
             self._requests = trainer.datamodule.sample_requests(*self.numbers)  # type: ignore[attr-defined]
         pl_module.check_requests(self._requests)  # all of them on every rank, so that all refuse

@@ -1,0 +1,155 @@
+"""`TrainedModule`: what every LightningModule here has in common, whatever its model and loss.
+
+Weights and their average side by side, AdamW with its schedule and clipping, the tokenizer in the checkpoint, and
+refusals in words of checkpoints that do not fit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, TextTokenizer
+from tfusion.training.compatibility import (
+    check_architecture,
+    check_state_dict,
+    name_optimizer_state,
+    number_optimizer_state,
+    recount_micro_batches,
+)
+from tfusion.training.optim import adamw, clip_gradients, lr_factor, parameter_groups, parameter_names
+
+
+class TrainedModule(L.LightningModule):
+    """A model on the meta device, with `materialize(device, seed)`, and how it is optimized.
+
+    Subclasses give `training_step`, `validation_step`, `step_metrics` (of the step that just ended) and
+    `architecture` (what weights depend on and their shapes do not show).
+
+    Args:
+        model: what is trained.
+        image_tokenizer: pixels <-> latents; None = pixels as they are.
+        lr, betas, eps, weight_decay, warmup_steps, final_lr_share: of AdamW and its schedule.
+        ema: keep an average of the weights.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_tokenizer: ImageTokenizer | None,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        warmup_steps: int,
+        final_lr_share: float,
+        ema: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.ema_model = copy.deepcopy(model).requires_grad_(False) if ema else None
+        self.image_tokenizer = image_tokenizer or PixelTokenizer()  # a plain class: never in a checkpoint
+        self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
+        self.warmup_steps, self.final_lr_share = warmup_steps, final_lr_share
+        self.seed = seed
+        self.text_tokenizer: TextTokenizer | None = None  # of the checkpoint, else the datamodule's
+        self.latest_metrics: dict[str, float] = {}  # last logged, for the progress bar
+        # not finite (I,) and keys of each micro-batch since the last logging step
+        self.latent_checks: deque[tuple[Tensor, tuple[str, ...]]] = deque(maxlen=1000)
+        self.grad_norm: Tensor | None = None
+        self.precision = "32-true"  # of generation without a trainer
+        self._materialized = False
+
+    # What the datamodule checks itself against.
+    model_vocab_size = property(lambda self: self.model.vocab_size)
+    max_seq_len = property(lambda self: self.model.max_seq_len)
+    num_patches = property(lambda self: self.model.num_patches)
+    latent_shape = property(lambda self: self.model.latent_shape)
+
+    @property
+    def evaluation_model(self) -> nn.Module:
+        """Averaged weights where there are any."""
+        return self.model if self.ema_model is None else self.ema_model
+
+    def architecture(self) -> dict[str, Any]:
+        """What weights depend on and their shapes do not show."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Allocate and fill the weights on the device, once."""
+        if not self._materialized:
+            self.materialize(self.trainer.strategy.root_device)
+
+    def materialize(self, device: torch.device | str) -> None:
+        """The same without a trainer."""
+        self.model.materialize(device, self.seed)
+        if self.ema_model is not None:
+            self.ema_model.materialize(device, self.seed)  # equal weights: they depend on seed and name alone
+        self.image_tokenizer.to(device)
+        self._materialized = True
+
+    def cpu(self) -> TrainedModule:
+        """What Lightning calls to clean up after a refusal too, when there is no data to move yet."""
+        return super().cpu() if self._materialized else self
+
+    def _text_tokenizer(self) -> TextTokenizer:
+        if self.text_tokenizer is None and self._trainer is not None:
+            self.text_tokenizer = self.trainer.datamodule.tokenizer
+        if self.text_tokenizer is None:
+            raise ValueError("no text tokenizer: give a checkpoint with --ckpt_path (it holds its tokenizer)")
+        return self.text_tokenizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; its learning rate is set before each step."""
+        return adamw(parameter_groups(self.model, self.weight_decay), self.lr, self.betas, self.eps)
+
+    def on_train_start(self) -> None:
+        """The configuration is the truth on a resume too: the checkpoint's optimizer settings give way."""
+        if self.trainer.max_steps < 1:
+            raise ValueError("trainer.max_steps is not set: the learning rate falls to its end there")
+        fresh = parameter_groups(self.model, self.weight_decay)
+        for group, new in zip(self.optimizers().param_groups, fresh, strict=True):
+            group.update(betas=self.betas, eps=self.eps, weight_decay=new["weight_decay"])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        step = self.trainer.global_step
+        factor = lr_factor(step, self.warmup_steps, self.trainer.max_steps, self.final_lr_share)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * factor
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by global norm, and keep the norm; Lightning's own refuses fused AdamW under bf16-mixed."""
+        self.grad_norm = clip_gradients(self.model.parameters(), gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The tokenizer belongs to the weights, and moments to parameters by name, on every layout."""
+        checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
+        checkpoint["architecture"] = self.architecture()
+        name_optimizer_state(checkpoint, self._optimizer_names())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the tokenizer; refuse the weights of another architecture in words."""
+        if "state_dict" in checkpoint:  # Lightning's FSDP2 has already loaded it, and the optimizer
+            check_state_dict(self.state_dict(), checkpoint["state_dict"])
+        if "text_tokenizer" not in checkpoint:
+            raise ValueError("the checkpoint has no text tokenizer: give one that `tfusion fit` wrote")
+        check_architecture(self.architecture(), checkpoint["architecture"])
+        self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
+            number_optimizer_state(checkpoint, self._optimizer_names())
+
+    def _optimizer_names(self) -> list[list[str]]:
+        return parameter_names(self, parameter_groups(self.model, self.weight_decay))
