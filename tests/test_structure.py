@@ -16,7 +16,7 @@ TIERS = [
     {"randomness"},
     {"sequence", "diffusion"},
     {"pictures", "samplers", "models.attention", "models.kv_cache", "models.transformer", "models.patches", "losses"},
-    {"token_sampling", "requests", "models.transfusion", "tokenizers"},
+    {"token_sampling", "requests", "models.transfusion", "models.reference_encoder", "tokenizers"},
     {"decoding"},
     {"generation", "data.corpora", "data.order"},
     {

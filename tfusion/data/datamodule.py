@@ -24,7 +24,7 @@ from tfusion.data.building import (
     make_tokenizer,
     row_shape,
 )
-from tfusion.data.corpora import CaptionedImage, ImageCorpus, TextCorpus
+from tfusion.data.corpora import CaptionedImage, ImageCorpus, Split, TextCorpus
 from tfusion.data.mixture import CaptionedDocuments, Mixture
 from tfusion.data.prompts import read_prompts
 from tfusion.data.sources import Concatenated, load_split, to_pil
@@ -231,6 +231,12 @@ class MultimodalDataModule(L.LightningDataModule):
             allowed = BadRecords(max_share=1.0)  # those of training are limited
             self._val_pictures[corpus.name] = drop_long_captions(pictures, self.tokenizer, self.mixture.shape, allowed)
         return self._val_pictures[corpus.name]
+
+    def measured_pictures(self, corpus: ImageCorpus, split: Split) -> Sequence[CaptionedImage]:
+        """The pictures of a corpus that generated ones are measured against."""
+        if split == "val":
+            return self.validation_pictures(corpus)
+        return load_split(corpus, split)
 
     def predict_dataloader(self) -> DataLoader:
         """Lists of (number, request); rank r has requests r, r + W, ..., and at least one list, if an empty one.

@@ -1,10 +1,12 @@
 """What is measured, as torchmetrics Metrics, and the networks that some of it is measured with."""
 
 from tfusion.metrics.clip_score import Clip, ClipScore
+from tfusion.metrics.distances import ImageDistances
 from tfusion.metrics.frechet import FrechetDistance
 from tfusion.metrics.image import DiffusionLoss
 from tfusion.metrics.inception import Inception
-from tfusion.metrics.networks import FeatureNetwork, ImageFeatures
+from tfusion.metrics.networks import FeatureNetwork, ImageFeatures, PairScore
+from tfusion.metrics.reference import Reference
 from tfusion.metrics.text import TextLoss, token_bytes
 
 __all__ = [
@@ -13,8 +15,11 @@ __all__ = [
     "DiffusionLoss",
     "FeatureNetwork",
     "FrechetDistance",
+    "ImageDistances",
     "ImageFeatures",
     "Inception",
+    "PairScore",
+    "Reference",
     "TextLoss",
     "token_bytes",
 ]

@@ -22,10 +22,10 @@ class Clip:
             hub, such as openai/clip-vit-base-patch32 (from its cache, else downloaded).
     """
 
-    name = "clip_score"
+    score_name = "clip_score"
 
     def __init__(self, model: str) -> None:
-        self.model = model
+        self.model = self.fingerprint = model
 
     def load(self, device: torch.device) -> None:
         """Read model and processor; raises ValueError, worded for the user, where that cannot be done."""
@@ -79,13 +79,24 @@ class ClipScore(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("total", "pairs"):
+        for name in ("total", "squares", "pairs"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, cosines: Tensor) -> None:
         """Add (N,) cosines."""
-        self.total += 100 * cosines.double().clamp(min=0).sum()
+        scores = pair_scores(cosines)
+        self.total += scores.sum()
+        self.squares += scores.square().sum()
         self.pairs += len(cosines)
 
-    def compute(self) -> float:
-        return self.total.item() / max(self.pairs.item(), 1)
+    def compute(self) -> tuple[float, float]:
+        """The mean and its standard error."""
+        pairs = max(self.pairs.item(), 1)
+        mean = self.total.item() / pairs
+        variance = max(self.squares.item() / pairs - mean**2, 0.0)
+        return mean, (variance / max(pairs - 1, 1)) ** 0.5
+
+
+def pair_scores(cosines: Tensor) -> Tensor:
+    """100 x max(cosine, 0), float64."""
+    return 100 * cosines.double().clamp(min=0)

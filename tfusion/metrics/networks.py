@@ -23,10 +23,10 @@ PROBE_SIDE = 32  # pixels
 
 
 class ImageFeatures(Protocol):
-    """A network whose features the Frechet distance compares.
+    """A network whose features the Frechet and kernel distances compare.
 
     Attributes:
-        name: of the metric.
+        name: of the Frechet distance: `fid`, or `fd_<name>`; the kernel distance's is `kid`, or `kd_<name>`.
         num_features: D; known once loaded.
         fingerprint: the same only for the same weights and preprocessing; known once loaded.
     """
@@ -44,8 +44,28 @@ class ImageFeatures(Protocol):
         ...
 
 
+class PairScore(Protocol):
+    """A network that says how well pictures fit their captions.
+
+    Attributes:
+        score_name: of the metric.
+        fingerprint: the same only for the same weights and preprocessing; known once loaded.
+    """
+
+    score_name: str
+    fingerprint: str
+
+    def load(self, device: torch.device) -> None:
+        """As `ImageFeatures.load`."""
+        ...
+
+    def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """(N,) cosine of each uint8 RGB picture (N, 3, H, H) and its caption."""
+        ...
+
+
 class FeatureNetwork:
-    """Any module as a feature network; its metric is called `fd_<name>`.
+    """Any module as a feature network; its metrics are called `fd_<name>` and `kd_<name>`.
 
     MobileNetV2 with its weights beside it, as YAML (run with PYTHONPATH=<folder of mobilenet_v2.py>):
 
@@ -59,7 +79,7 @@ class FeatureNetwork:
 
     Args:
         module: the network; it computes in fp32, in evaluation mode.
-        name: of the metric, after `fd_`.
+        name: of the metrics, after `fd_` and `kd_`.
         image_size: side that pictures are resized to (bicubic, antialiased), pixels.
         mean: subtracted from values in [0, 1], a channel each.
         std: what is left is divided by; with the mean's default, values in [-1, 1].
@@ -123,10 +143,7 @@ class FeatureNetwork:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """(N, D) fp32 of uint8 RGB pictures (N, 3, H, H)."""
-        pixels, size = images.float(), (self.image_size, self.image_size)
-        if pixels.shape[-2:] != size:
-            # bicubic overshoots; clean-fid cuts it off too
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+        pixels = resized(images, self.image_size)
         mean, std = pixels.new_tensor(self.mean).view(3, 1, 1), pixels.new_tensor(self.std).view(3, 1, 1)
         return getattr(self.module, self.method or "forward")((pixels / 255 - mean) / std)
 
@@ -138,6 +155,15 @@ class FeatureNetwork:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """(N, 3, side, side) float in [0, 255] of uint8 pictures (N, 3, H, H), bicubic, antialiased."""
+    pixels = images.float()
+    if pixels.shape[-2:] != (side, side):
+        # bicubic overshoots; clean-fid cuts it off too
+        pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    return pixels
 
 
 def probe(network: ImageFeatures, device: torch.device) -> int:

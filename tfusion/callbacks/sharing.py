@@ -1,0 +1,43 @@
+"""Requests shared among ranks, and what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from tfusion.requests import Generation, Request
+
+
+def make(
+    trainer: pl.Trainer, module: pl.LightningModule, requests: Sequence[Request], batch_size: int
+) -> list[tuple[int, Generation]]:
+    """This rank's share: numbers and generations of requests r, r + W, ...; every rank has to call it.
+
+    (Under FSDP2 gathering the weights is a collective, so a rank without a request takes part.)
+    """
+    numbers = list(range(trainer.global_rank, len(requests), trainer.world_size))
+    made = module.generate([requests[i] for i in numbers], numbers, batch_size=batch_size)
+    return list(zip(numbers, made, strict=True))
+
+
+def picture_of(generation: Generation) -> PILImage.Image:
+    """The picture that was asked for."""
+    (image,) = (segment for segment in generation.segments if not isinstance(segment, str))
+    return image
+
+
+def text_of(generation: Generation) -> str:
+    """The text that was written."""
+    return "".join(segment for segment in generation.segments if isinstance(segment, str))
+
+
+def pixels_of(image: PILImage.Image) -> Tensor:
+    """uint8 (3, H, H)."""
+    pixels: Any = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
