@@ -28,7 +28,7 @@ TIERS = [
         "data.files",
         "data.record_builder",
     },
-    {"data.records", "data.text_pieces"},
+    {"data.records", "data.text_pieces", "data.scene_prompts"},
     {"data.mixture", "data.picture_records", "data.bad_records", "data.file_corpus"},
     {"data.picture_formats", "data.building"},
     {"data.text_records", "data.image_files"},

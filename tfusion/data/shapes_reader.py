@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from tfusion.data.shapes import COLORS, SHAPES, SIDES, Group, Scene, coverage, parse_caption
+from tfusion.data.shapes import COLORS, RELATIONS, SHAPES, SIDES, Group, Scene, coverage, parse_caption
 
 # What each shape covers of its bounding box, and how far below the box's centre its centroid lies, in sides.
 _FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 1 / 2, "cross": 5 / 9}
@@ -20,6 +20,8 @@ _SPECK = 0.12
 _MAX_MISFIT = 0.1
 # Cosine between an object's colour and the nearest of COLORS, both taken from the background.
 _MIN_COLOR_MATCH = 0.93
+# The strength of a colour that is none of COLORS is this quantile of its pixels'.
+_FULLEST = 0.9
 # Pixels are smoothed by this much against noise (standard deviation, share of the image's side); ideal shapes
 # by as much and more, for generated pictures are somewhat blurred.
 _SMOOTHING = 0.5 / 32
@@ -27,8 +29,20 @@ _BLURS = (0.5 / 32, 0.8 / 32, 1.1 / 32)
 
 
 @dataclass(frozen=True)
-class _Object:
-    kind: tuple[str, str, str]
+class SeenObject:
+    """One thing that stands on the background.
+
+    Attributes:
+        shape: one of SHAPES, or None where it is like none of them.
+        color: one of COLORS, or None.
+        size: one of SIDES, or None where the shape is None: a box is known by its shape.
+        x: its centroid, as a share of the image's side.
+        y: the same downwards; a triangle's lies a sixth of its side below the middle of its box.
+    """
+
+    shape: str | None
+    color: str | None
+    size: str | None
     x: float
     y: float
 
@@ -40,32 +54,40 @@ def composition_correct(image: torch.Tensor | np.ndarray, caption: str) -> bool:
         image: uint8, (3, H, W).
         caption: one that `shapes.parse_caption` understands; any other raises ValueError.
     """
-    wanted = parse_caption(caption)
-    if wanted is None:
+    return read_scene(image) == scene_of_caption(caption)
+
+
+def scene_of_caption(caption: str) -> Scene:
+    """The scene that a caption says, in canonical form; ValueError if it is no caption of this corpus."""
+    scene = parse_caption(caption)
+    if scene is None:
         raise ValueError(f"got caption {caption!r}, expected one of the form that shapes.describe writes")
-    return read_scene(image) == wanted.canonical()
+    return scene.canonical()
 
 
 def read_scene(image: torch.Tensor | np.ndarray) -> Scene | None:
     """The scene in a uint8 (3, H, W) picture, in canonical form; None if it shows no scene of this corpus."""
+    return scene_of(read_objects(image))
+
+
+def read_objects(image: torch.Tensor | np.ndarray) -> list[SeenObject]:
+    """All things in a uint8 (3, S, S) picture, known or not; none where the background is not light.
+
+    A speck is overlooked, and so is what is less than half as strong as the nearest of COLORS. Things that touch
+    are one thing.
+    """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2]:
         raise ValueError(f"got {image.dtype} {image.shape}, expected uint8 (3, size, size)")
-    objects = _find_objects(image)
-    return None if objects is None else _as_scene(objects)
-
-
-def _find_objects(image: np.ndarray) -> list[_Object] | None:
-    """All objects, or None if something is there that is none."""
     size = image.shape[1]
     pixels = image.astype(np.float64)
     # No object touches the frame, so the frame is background.
     frame = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
     background = np.median(frame, axis=1)
     if background.min() < 200:
-        return None
-    ink = background[:, None, None] - pixels
-    ink = np.stack([ndimage.gaussian_filter(channel, _SMOOTHING * size) for channel in ink])
+        return []
+    blur = _SMOOTHING * size
+    ink = ndimage.gaussian_filter(background[:, None, None] - pixels, (0, blur, blur))
 
     # How much of each pixel is covered, by its nearest colour; half covered is inside.
     inks = background - np.array(list(COLORS.values()), dtype=np.float64)
@@ -81,63 +103,86 @@ def _find_objects(image: np.ndarray) -> list[_Object] | None:
 
     objects = []
     for label, window in enumerate(ndimage.find_objects(territory, number), start=1):
-        if (labels[window] == label).sum() < _SPECK * (SIDES["small"] * size) ** 2:
+        inside = labels[window] == label
+        if inside.sum() < _SPECK * (SIDES["small"] * size) ** 2:
             continue
-        found = _identify(ink, territory == label, window, inks)
-        if found is None:
-            return None
-        objects.append(found)
+        mine = territory[window] == label
+        left, top = window[1].start, window[0].start
+        objects.append(_identify(ink[:, *window], mine, inside, inks, left, top, size))
     return objects
 
 
-def _identify(ink: np.ndarray, mine: np.ndarray, window: tuple[slice, slice], inks: np.ndarray) -> _Object | None:
-    """Name the one object in `mine`, (H, W) bool, in `window`; `ink` is (3, H, W), `inks` (colours, 3)."""
-    size = mine.shape[0]
-    ink, mine = ink[(slice(None), *window)], mine[window]
+def _identify(
+    ink: np.ndarray, mine: np.ndarray, inside: np.ndarray, inks: np.ndarray, left: int, top: int, size: int
+) -> SeenObject:
+    """Name one object as far as it is known.
+
+    Args:
+        ink: a window of the picture, (3, h, w), what each pixel lacks of the background.
+        mine: (h, w) bool, the object and the soft edge around it.
+        inside: (h, w) bool, the pixels of it that are at least half covered.
+        inks: (colours, 3), what each of COLORS lacks of the background.
+        left: the window's first column; `top` its first row.
+        size: the picture's side, in pixels.
+    """
     total = ink[:, mine].sum(1)
-    norms = np.linalg.norm(inks, axis=1)
-    match = inks @ total / (norms * np.linalg.norm(total))
-    color = int(match.argmax())
-    if match[color] < _MIN_COLOR_MATCH:
-        return None
+    match = inks @ total / (np.linalg.norm(inks, axis=1) * np.linalg.norm(total))
+    nearest = int(match.argmax())
+    color = list(COLORS)[nearest] if match[nearest] >= _MIN_COLOR_MATCH else None
+    # What covers a pixel fully; of an unknown colour, what its fullest pixels have.
+    full = inks[nearest]
+    if color is None:
+        own = total / np.linalg.norm(total)
+        full = own * np.quantile(np.einsum("c,chw->hw", own, ink)[inside], _FULLEST)
 
     # The object as the share of each pixel it covers; then its area and centroid, and the shape that differs
     # least when it has the same.
-    covered = np.where(mine, np.einsum("c,chw->hw", inks[color], ink) / norms[color] ** 2, 0.0)
+    covered = np.where(mine, np.einsum("c,chw->hw", full, ink) / (full @ full), 0.0)
+    rows, columns = np.arange(mine.shape[0]) + 0.5, np.arange(mine.shape[1]) + 0.5
     area = covered.sum()
-    y = (covered.sum(1) @ (np.arange(mine.shape[0]) + 0.5)) / area
-    x = (covered.sum(0) @ (np.arange(mine.shape[1]) + 0.5)) / area
-    misfits = {}
-    for shape in SHAPES:
-        side = np.sqrt(area / _FILL[shape])
-        ideal = coverage(shape, x, y - _SINK[shape] * side, side, mine.shape)
-        blurred = [ndimage.gaussian_filter(ideal, blur * size, mode="constant") for blur in _BLURS]
-        misfits[shape] = min(((covered - ideal) ** 2).sum() for ideal in blurred) / area
-    shape = min(misfits, key=misfits.get)
-    if misfits[shape] > _MAX_MISFIT:
+    if area > 0:
+        y, x = covered.sum(1) @ rows / area, covered.sum(0) @ columns / area
+        sides = {shape: np.sqrt(area / _FILL[shape]) for shape in SHAPES}
+        ideals = np.stack([coverage(s, x, y - _SINK[s] * side, side, mine.shape) for s, side in sides.items()])
+        blurred = [ndimage.gaussian_filter(ideals, (0, b * size, b * size), mode="constant") for b in _BLURS]
+        misfits = np.min([((covered - ideal) ** 2).sum((1, 2)) for ideal in blurred], axis=0) / area
+        best = int(misfits.argmin())
+        if misfits[best] <= _MAX_MISFIT:
+            shape = SHAPES[best]
+            share = sides[shape] / size
+            nearest_size = min(SIDES, key=lambda name: abs(np.log(share / SIDES[name])))
+            return SeenObject(shape, color, nearest_size, float(x + left) / size, float(y + top) / size)
+    y, x = inside.sum(1) @ rows / inside.sum(), inside.sum(0) @ columns / inside.sum()
+    return SeenObject(None, color, None, float(x + left) / size, float(y + top) / size)
+
+
+def scene_of(objects: Sequence[SeenObject]) -> Scene | None:
+    """The scene that these objects are, in canonical form; None if one is unknown or they are none of this corpus."""
+    groups: dict[tuple[str | None, ...], list[SeenObject]] = {}
+    for seen in objects:
+        groups.setdefault((seen.size, seen.color, seen.shape), []).append(seen)
+    if any(None in kind for kind in groups):
         return None
-    side = np.sqrt(area / _FILL[shape]) / size
-    nearest_size = min(SIDES, key=lambda name: abs(np.log(side / SIDES[name])))
-    return _Object((nearest_size, list(COLORS)[color], shape), x + window[1].start, y + window[0].start)
-
-
-def _as_scene(objects: Sequence[_Object]) -> Scene | None:
-    """Gather equal objects into groups, and find how two groups lie."""
-    groups: dict[tuple[str, str, str], list[_Object]] = {}
-    for found in objects:
-        groups.setdefault(found.kind, []).append(found)
     if len(groups) == 1:
         ((kind, members),) = groups.items()
         return Scene(Group(len(members), *kind)) if len(members) <= 4 else None
     if len(groups) != 2 or max(map(len, groups.values())) > 2:
         return None
+    (one, two), (first, second) = groups.values(), (Group(len(members), *kind) for kind, members in groups.items())
+    relation = relation_of(one, two)
+    return Scene(first, relation, second).canonical() if relation else None
 
-    one, two = groups.values()
-    apart_x = np.mean([found.x for found in two]) - np.mean([found.x for found in one])
-    apart_y = np.mean([found.y for found in two]) - np.mean([found.y for found in one])
-    relation, axis = ("left of", "x") if abs(apart_x) > abs(apart_y) else ("above", "y")
-    before, after = (one, two) if (apart_x if axis == "x" else apart_y) > 0 else (two, one)
+
+def relation_of(one: Sequence[SeenObject], two: Sequence[SeenObject]) -> str | None:
+    """How `one` lie to `two`, one of RELATIONS, by their centroids; None if they lie mixed.
+
+    The axis is that along which the means of both are farther apart.
+    """
+    apart_x = np.mean([seen.x for seen in two]) - np.mean([seen.x for seen in one])
+    apart_y = np.mean([seen.y for seen in two]) - np.mean([seen.y for seen in one])
+    (relation, axis), apart = (("left of", "x"), apart_x) if abs(apart_x) > abs(apart_y) else (("above", "y"), apart_y)
+    before, after = (one, two) if apart > 0 else (two, one)
     # Every object of the one lies on that side of every object of the other.
-    if max(getattr(found, axis) for found in before) >= min(getattr(found, axis) for found in after):
+    if max(getattr(seen, axis) for seen in before) >= min(getattr(seen, axis) for seen in after):
         return None
-    return Scene(Group(len(before), *before[0].kind), relation, Group(len(after), *after[0].kind))
+    return relation if before is one else RELATIONS[relation]
