@@ -42,7 +42,7 @@ def draw(chart: Chart, name: str) -> str:
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": name,
         "font.family": "DejaVu Sans",  # comes with matplotlib; measures the text, wider than the page's
-        "font.size": 10,
+        "font.size": 11,
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": GRID,
@@ -84,16 +84,19 @@ def _plot(axes: Axes, line: Line, n: int) -> None:
 
 
 def _scale(axes: Axes, chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     values = np.concatenate([line.y for line in chart.lines])
     if values.min() > 0 and values.max() > LOG_RANGE * values.min():
         axes.set_yscale("log")
+        two_decades = values.max() < 100 * values.min()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if two_decades else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     largest = max(float(line.x.max()) for line in chart.lines)
+    axes.set_xlim(left=0 if largest > 0 else None)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     thousands = largest >= 10_000
     axes.xaxis.set_major_formatter(

@@ -97,7 +97,8 @@ def _table(validation: Validation) -> str:
         parts.append(f'<tbody>\n<tr><th scope="rowgroup" colspan="5">{escape(corpus or "all corpora")}</th></tr>')
         prefix = f"val/{corpus}/" if corpus else "val/"
         for row in rows:
-            name, *others = (escape(cell) for cell in cells(row))
+            name, value, n, network, error = (escape(cell) for cell in cells(row))
+            others = (value, f"{row.n:,}" if n else "", network, error)
             tds = "".join(f"<td {kind}>{cell}</td>" for cell, kind in zip(others, classes[1:], strict=True))
             parts.append(f'<tr><th scope="row" {classes[0]}>{name.removeprefix(escape(prefix))}</th>{tds}</tr>')
         parts.append("</tbody>")

@@ -10,7 +10,6 @@ from html import escape
 from PIL import Image as PILImage
 
 from tfusion.metrics.measurement import Example
-from tfusion.report.validation import number
 
 LARGEST_PNG_PX = 128  # a larger picture is a JPEG
 SIDE_PX = 96  # a small picture is shown at the multiple of its size that is nearest
@@ -83,14 +82,15 @@ def _grid(examples: Sequence[Example], total: int, scored: bool = False) -> str:
 def _figure(example: Example, scored: bool) -> str:
     score = ""
     if scored and example.score is not None:
-        score = f'<span class="score">{number(example.score)}</span>'
+        score = f'<span class="score">{example.score:.4g}</span>'
     if example.kind == "picture":
         alt = f"picture made for: {example.text}"
         text = f"<span>{escape(example.text)}</span>"
     else:
         alt = f"picture given, of: {example.truth}" if example.truth else "picture given"
-        written = f"<dt>written</dt><dd>{escape(example.text) or '<i>nothing</i>'}</dd>"
-        truth = f"<dt>true</dt><dd>{escape(example.truth)}</dd>" if example.truth else ""
-        text = f"<dl>{written}{truth}</dl>"
+        same = example.text.strip() == example.truth.strip()
+        texts = {"written, and true": example.text} if same else {"written": example.text, "true": example.truth}
+        items = (f"<dt>{k}</dt><dd>{escape(v) or '<i>nothing</i>'}</dd>" for k, v in texts.items())
+        text = f"<dl>{''.join(items)}</dl>"
     image = f'<img src="{data_uri(example.picture)}" alt="{escape(alt)}">'
     return f"<figure>{image}<figcaption>{text}{score}</figcaption></figure>"

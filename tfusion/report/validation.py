@@ -59,7 +59,7 @@ def corpus_of(name: str) -> str:
 
 def number(value: float) -> str:
     """Four decimals, or three digits of what they would not show."""
-    if math.isfinite(value) and (abs(value) >= 1e7 or 0 < abs(value) < 0.1):
+    if math.isfinite(value) and (abs(value) >= 1e7 or 0 < abs(value) < 0.01):
         return f"{value:.3g}"
     return f"{value:.4f}"
 
