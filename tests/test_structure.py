@@ -40,6 +40,7 @@ TIERS = [
         "training.run_folder",
         "training.parallel",
         "training.step_sums",
+        "report",
     },
     {"training.base"},
     {"training.transfusion", "training.reference_encoder", "callbacks"},
@@ -48,7 +49,7 @@ TIERS = [
     {"bench"},
 ]
 # A package's own pieces may import each other.
-FAMILIES = ("tokenizers", "metrics", "callbacks", "bench", "models", "training", "data.shapes")
+FAMILIES = ("tokenizers", "metrics", "callbacks", "report", "bench", "models", "training", "data.shapes")
 FIRST_WITH_LIGHTNING = 12
 
 

@@ -32,6 +32,7 @@ from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.callbacks.perplexity import Perplexity
 from tfusion.callbacks.progress import LossProgressBar
+from tfusion.callbacks.report import ValidationReport
 from tfusion.callbacks.samples import SampleGrid
 from tfusion.callbacks.training_metrics import TrainingMetrics
 from tfusion.callbacks.writer import PredictionWriter
@@ -92,6 +93,7 @@ class TfusionCLI(LightningCLI):
         parser.add_lightning_class_args(GenerationMetrics, "generation_metrics")
         parser.add_lightning_class_args(SampleGrid, "samples")
         parser.add_lightning_class_args(PredictionWriter, "writer")
+        parser.add_lightning_class_args(ValidationReport, "report")  # after those that measure
         # Before `checkpoint`, so that last.ckpt holds the score of the validation just done.
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -153,12 +155,6 @@ class TfusionCLI(LightningCLI):
             check_state_dict(self.model.state_dict(), saved["state_dict"])
 
     before_validate = before_predict = _check_strategy
-
-    def after_validate(self) -> None:
-        """Show what was measured."""
-        if self.trainer.is_global_zero:
-            for name, value in sorted(self.trainer.callback_metrics.items()):
-                sys.stdout.write(f"{name:<40} {float(value):.4f}\n")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}

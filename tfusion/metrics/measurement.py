@@ -20,14 +20,14 @@ class Measurement:
     Attributes:
         name: as it is logged, such as `val/openmoji/fd_reference`.
         value: the number.
-        n: what it is of: tokens, pictures, captions, questions.
+        n: what it is of: tokens, pictures, captions, questions; None where it is not known.
         network: what it was measured with, where values compare only with those of the same network; else empty.
         standard_error: of the value, over its n; None where there is no estimate of it.
     """
 
     name: str
     value: float
-    n: int
+    n: int | None
     network: str = ""
     standard_error: float | None = None
 
