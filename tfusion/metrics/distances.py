@@ -11,8 +11,8 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 PROBE_TOLERANCE = 1e-2  # of the features' scale: more than devices differ by, less than networks do
 
 
-@dataclass(frozen=True)
-class Distances:
+class Distances(NamedTuple):
     """Of `generated` pictures to `reference` ones."""
 
     frechet: float

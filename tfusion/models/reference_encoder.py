@@ -2,8 +2,8 @@
 
 Pictures and captions become vectors of one space, so that a pair's cosine says how well they fit; a picture's vector
 before it is normalised is what Frechet and kernel distances compare. The tower of pictures keeps places (no global
-pooling) and is also asked for a thumbnail of its picture, so that its vectors hold what pictures look like, not
-only what captions say.
+pooling) and is also asked for a thumbnail of its picture, and how blurred and how noisy it was made: its vectors hold
+what pictures look like and whether they are clean, not only what captions say.
 
 Legend: I pictures, H their side, B rows, T positions, E size of a vector.
 """
@@ -76,6 +76,7 @@ class ReferenceEncoder(nn.Module):
             self.image_norm = nn.GroupNorm(8, before)
             self.image_proj = nn.Linear(before * (image_size // 16) ** 2, dim)
             self.thumbnail_proj = nn.Linear(dim, 3 * THUMBNAIL**2)
+            self.fault_proj = nn.Linear(dim, 2)
             self.embedding = nn.Embedding(vocab_size, text_dim)
             self.transformer = Transformer(text_dim, text_layers, text_heads, max_seq_len=max_seq_len)
             self.text_proj = nn.Linear(text_dim, dim, bias=False)
@@ -89,6 +90,10 @@ class ReferenceEncoder(nn.Module):
     def thumbnails(self, features: Tensor) -> Tensor:
         """(I, 3, 16, 16) in [-1, 1], as far as (I, E) features hold them."""
         return self.thumbnail_proj(features).view(-1, 3, THUMBNAIL, THUMBNAIL)
+
+    def faults(self, features: Tensor) -> Tensor:
+        """(I, 2) how blurred and how noisy pictures of (I, E) features are, each 0 (not at all) to 1."""
+        return self.fault_proj(features)
 
     def text_features(
         self, token_ids: Tensor, document_ids: Tensor, position_ids: Tensor, rows: Tensor, positions: Tensor

@@ -20,12 +20,13 @@ from tfusion.training.base import TrainedModule
 class ReferenceEncoderModule(TrainedModule):
     """Contrast each picture with all captions of the step, and each caption with all pictures (CLIP).
 
-    Training pictures are moved, scaled and half of them brought down to half their size, by numbers of their row's
-    own generator. Captions and pictures of the whole step are contrasted: one process, no accumulation.
+    Training pictures are moved, scaled, half of them brought down to half their size and half of them blurred and
+    noised, by numbers of their row's own generator. Captions and pictures of the whole step are contrasted: one process, no accumulation.
 
     Args:
         model: the two towers.
         thumbnail_weight: of the mean square error of the thumbnails beside the contrastive loss.
+        fault_weight: of the mean square error of the levels of blur and noise.
         lr, betas, eps, weight_decay, warmup_steps, final_lr_share: as `TransfusionModule`'s.
         ema: keep an average of the weights, which is what is exported.
         seed: of the initial weights.
@@ -35,6 +36,7 @@ class ReferenceEncoderModule(TrainedModule):
         self,
         model: ReferenceEncoder,
         thumbnail_weight: float = 1.0,
+        fault_weight: float = 5.0,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
@@ -45,7 +47,7 @@ class ReferenceEncoderModule(TrainedModule):
         seed: int = 0,
     ) -> None:
         super().__init__(model, None, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed)
-        self.thumbnail_weight = thumbnail_weight
+        self.thumbnail_weight, self.fault_weight = thumbnail_weight, fault_weight
         self._step: dict[str, Any] = {}
         self._held_out: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -64,17 +66,18 @@ class ReferenceEncoderModule(TrainedModule):
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Contrastive loss + weight x thumbnails' mean square error."""
+        """Contrastive loss + weighted mean square errors of thumbnails and of the levels of faults."""
         valid = batch.image_valid
         with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
-            images = augment(batch.images.float() / 127.5 - 1, batch.noise)
+            images, levels = augment(batch.images.float() / 127.5 - 1, batch.noise)
         pictures, captions = self._features(self.model, batch, images)
         contrastive = contrastive_loss(pictures, captions, self.model.logit_scale, valid)
         small = F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="area")
-        errors = (self.model.thumbnails(pictures).float() - small).square().flatten(1).mean(1)  # (I,)
-        thumbnail = (errors * valid).sum() / valid.sum().clamp(min=1)
-        loss = contrastive + self.thumbnail_weight * thumbnail
-        self._step = {"loss": loss.detach(), "contrastive": contrastive.detach(), "thumbnail": thumbnail.detach()}
+        thumbnail = _mean_square(self.model.thumbnails(pictures) - small, valid)
+        fault = _mean_square(self.model.faults(pictures) - levels, valid)
+        loss = contrastive + self.thumbnail_weight * thumbnail + self.fault_weight * fault
+        parts = {"loss": loss, "contrastive": contrastive, "thumbnail": thumbnail, "fault": fault}
+        self._step = {name: part.detach() for name, part in parts.items()}
         self._step |= {"images": valid.sum(), "positions": (batch.document_ids >= 0).sum()}
         return loss
 
@@ -139,22 +142,46 @@ def retrieval(pictures: Tensor, captions: Tensor) -> tuple[float, float]:
     return tuple(float((cosines.argmax(axis) == own).float().mean()) for axis in (1, 0))  # type: ignore[return-value]
 
 
-def augment(images: Tensor, noise: Tensor) -> Tensor:
-    """(I, 3, H, H) moved by up to 6 % and scaled by up to 10 %, half of them brought to half size and back.
+def augment(images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures moved by up to 6 % and scaled by up to 10 %, half of them at half size, half of them blurred and noised.
 
     Args:
-        images: in [-1, 1].
-        noise: (I, ...) standard normal, of which 4 numbers a picture are used.
+        images: (I, 3, H, H) in [-1, 1].
+        noise: (I, 3, H, H) standard normal.
+
+    Returns:
+        The same shape, and (I, 2) levels u of blur and noise in [0, 1], 0 where there is none: sigma = 2 u^2 pixels of
+        H = 64, std = 0.4 u^2.
     """
-    draws = torch.special.ndtr(noise.flatten(1)[:, :4])  # uniform
-    scale = 0.9 + 0.2 * draws[:, 0]
-    move = 0.12 * (2 * draws[:, 1:3] - 1)  # the grid goes from -1 to 1
+    draws = torch.special.ndtr(noise.flatten(1)[:, :7])  # uniform
     theta = torch.zeros(len(images), 2, 3, device=images.device)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    theta[:, :, 2] = move
+    theta[:, 0, 0] = theta[:, 1, 1] = 0.9 + 0.2 * draws[:, 0]
+    theta[:, :, 2] = 0.12 * (2 * draws[:, 1:3] - 1)  # the grid goes from -1 to 1
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+    levels = draws[:, 5:7] * (draws[:, 4:5] < 0.5)
+    blurred = _blur(moved, 2 * levels[:, 0].square())
+    std = 0.4 * levels[:, 1].square()[:, None, None, None]
     size = images.shape[-1]
-    half = F.interpolate(moved, (size // 2, size // 2), mode="area")
-    half = F.interpolate(half, (size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
-    return torch.where((draws[:, 3] < 0.5)[:, None, None, None], half, moved)
+    half = F.interpolate(blurred, (size // 2, size // 2), mode="area") + std * noise[:, :, ::2, ::2]
+    half = F.interpolate(half.clamp(-1, 1), (size, size), mode="bicubic", align_corners=False)
+    full = blurred + std * noise
+    return torch.where((draws[:, 3] < 0.5)[:, None, None, None], half, full).clamp(-1, 1), levels
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Each of (I, 3, H, H) by a Gaussian of its own (I,) sigma, pixels; at most 2."""
+    reach = 6
+    distance = torch.arange(-reach, reach + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (distance / sigma.clamp(min=0.05)[:, None]).square())
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)[:, None]  # (3 I, 1, 13)
+    x = F.pad(images, (reach, reach, reach, reach), mode="replicate").flatten(0, 1)[None]  # (1, 3 I, H + 12, H + 12)
+    x = F.conv2d(x, kernel[:, :, :, None], groups=len(kernel))
+    return F.conv2d(x, kernel[:, :, None, :], groups=len(kernel))[0].unflatten(0, images.shape[:2])
+
+
+def _mean_square(errors: Tensor, valid: Tensor) -> Tensor:
+    """Mean over valid pictures of (I, ...) errors squared."""
+    each = errors.float().square().flatten(1).mean(1)
+    return (each * valid).sum() / valid.sum().clamp(min=1)
