@@ -70,6 +70,16 @@ def test_specks_and_dark_backgrounds_have_no_objects():
         read_objects(picture[:, :, :16])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_faint_thing_in_a_bright_halo_is_unknown():
+    picture = np.full((3, 32, 32), 203, np.uint8)
+    picture[:, 8:24, 8:24] = WHITE
+    picture[:, 15:17, 14:18] = 60
+    [seen] = read_objects(picture)
+    assert seen.shape is None
+    assert np.allclose((seen.x, seen.y), (16 / 32, 16 / 32), atol=0.01)
+
+
 def test_whatever_the_pixels_every_object_lies_in_the_picture():
     rng = np.random.default_rng(0)
     names = 0

@@ -1,4 +1,4 @@
-"""Known scenes with one thing changed flip exactly the kinds that ask for it; a naive judge of what was drawn agrees."""
+"""A change to a known scene flips the kinds that ask for it and no other; a naive judge of what was drawn agrees."""
 
 from __future__ import annotations
 

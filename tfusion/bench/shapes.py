@@ -24,6 +24,7 @@ from tfusion.data.shapes import parse_caption
 from tfusion.data.shapes_reader import composition_correct
 from tfusion.data.sources import to_pil
 from tfusion.loading import load, load_data
+from tfusion.metrics.scenes import caption_right
 
 
 def main(args: list[str] | None = None) -> None:
@@ -44,7 +45,7 @@ def main(args: list[str] | None = None) -> None:
 
     requests = [{"segments": [to_pil(s)], "generate": "text", "temperature": 0.0} for s in scenes]
     written = ["".join(map(str, generation.segments)) for generation in module.generate(requests)]
-    same = [_scene(w) is not None and _scene(w) == _scene(c) for w, c in zip(written, captions, strict=True)]
+    same = [caption_right(w, c) for w, c in zip(written, captions, strict=True)]
     result = {
         "train_s": training_seconds(options.run),
         "scenes": len(scenes),
@@ -57,12 +58,6 @@ def main(args: list[str] | None = None) -> None:
         ),
     }
     sys.stdout.write(json.dumps(result) + "\n")
-
-
-def _scene(caption: str):
-    """The scene a caption says, whichever way round."""
-    scene = parse_caption(caption)
-    return None if scene is None else scene.canonical()
 
 
 if __name__ == "__main__":
