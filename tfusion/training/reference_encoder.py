@@ -21,7 +21,8 @@ class ReferenceEncoderModule(TrainedModule):
     """Contrast each picture with all captions of the step, and each caption with all pictures (CLIP).
 
     Training pictures are moved, scaled, half of them brought down to half their size and half of them blurred and
-    noised, by numbers of their row's own generator. Captions and pictures of the whole step are contrasted: one process, no accumulation.
+    noised, by numbers of their row's own generator. Captions and pictures of the whole step are contrasted: one
+    process, no accumulation.
 
     Args:
         model: the two towers.

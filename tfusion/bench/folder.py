@@ -1,0 +1,202 @@
+"""FID, KID and CLIP score of a folder of pictures, by the same networks and code as during training.
+
+    python -m tfusion.bench.folder --generated runs/x/predictions --reference pictures/
+    python -m tfusion.bench.folder --generated runs/x/predictions --reference coco/val2014 --image_size 256 \\
+        --prompts coco30k.jsonl --config configs/metrics/fid.yaml --config configs/metrics/clip.yaml
+    python -m tfusion.bench.folder --reference coco/val2014 --image_size 256 --write coco.safetensors
+
+Networks are those of `generation_metrics.networks` (the overlays in `configs/metrics`), by default the package's own.
+Pictures are brought to `--image_size` as training data is (centre square, Lanczos); without it generated pictures
+stay as they are, and have to be square and of one size, which reference pictures are then brought to. A reference is
+a folder, or what `--write` wrote: features that serve for as often as one likes, here and as
+`generation_metrics.reference`; features of another network or of pictures of another size are refused.
+With `--prompts`, the file that `predict` was given, pictures called `RRRRRR-S-K.png` are scored with the text of
+request R. Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser
+from PIL import Image as PILImage
+from torch import Tensor
+from tqdm import tqdm
+
+from tfusion.callbacks.generation_metrics import GenerationMetrics
+from tfusion.callbacks.sharing import pixels_of
+from tfusion.data.prompts import read_prompts
+from tfusion.metrics import ClipScore, ImageDistances, ImageFeatures, Reference
+from tfusion.metrics.distances import kernel_name, read_reference_file, write_features
+from tfusion.metrics.measurement import Measurement
+from tfusion.pictures import fit_square, to_rgb
+from tfusion.requests import GenerationConfig
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+BATCH = 64
+
+
+def picture_paths(folder: Path) -> list[Path]:
+    """Pictures in a folder and below it, sorted; `grid.png`, the sheet of `predict`, is none."""
+    if not folder.is_dir():
+        raise ValueError(f"got the folder {str(folder)!r}, which is none; give a folder of pictures")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name != "grid.png")
+    if len(paths) < 2:
+        raise ValueError(
+            f"{str(folder)!r} holds {len(paths)} pictures ({', '.join(sorted(EXTENSIONS))}), expected 2 or more"
+        )
+    return paths
+
+
+def read_picture(path: Path, image_size: int | None) -> Tensor:
+    """uint8 (3, S, S), the centre square at `image_size`, or as it is, which has to be square."""
+    try:
+        with PILImage.open(path) as opened:
+            image = to_rgb(opened)[0]
+    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a picture ({error}); remove it, or mend it") from error
+    if image_size is None and image.width != image.height:
+        raise ValueError(f"{str(path)!r} is {image.width} x {image.height}, not square: say --image_size")
+    if image_size is not None and image.size != (image_size, image_size):
+        image = fit_square(image, image_size)
+    return pixels_of(image)
+
+
+def batches(paths: Sequence[Path], image_size: int, what: str) -> Iterator[tuple[Sequence[Path], Tensor]]:
+    """Paths and uint8 (N, 3, S, S), with a bar."""
+    with tqdm(total=len(paths), desc=what, disable=not sys.stderr.isatty()) as bar:
+        for first in range(0, len(paths), BATCH):
+            some = paths[first : first + BATCH]
+            pixels = [read_picture(path, image_size) for path in some]
+            yield some, torch.stack(pixels)
+            bar.update(len(some))
+
+
+def features_of(
+    networks: Sequence[ImageFeatures], paths: Sequence[Path], image_size: int, what: str, device: torch.device
+) -> dict[str, Tensor]:
+    """(N, D) features on the CPU by each network's name; each picture is read once."""
+    parts: dict[str, list[Tensor]] = {network.name: [] for network in networks}
+    for _, pixels in batches(paths, image_size, what):
+        for network in networks:
+            parts[network.name].append(network.features(pixels.to(device)).cpu())
+    return {name: torch.cat(some) for name, some in parts.items()}
+
+
+def prompt_texts(paths: Sequence[Path], prompts: Path) -> list[str]:
+    """The text of the request that made each picture."""
+    requests = read_prompts(prompts, GenerationConfig())
+    texts = []
+    for path in paths:
+        number = path.name.split("-")[0]
+        if not number.isdigit() or int(number) >= len(requests):
+            raise ValueError(
+                f"{str(path)!r} is not called after one of the {len(requests)} requests of {str(prompts)!r} "
+                "(RRRRRR-S-K.png, as predict writes them): give the prompts that it was made from"
+            )
+        texts.append("".join(s for s in requests[int(number)].segments if isinstance(s, str)))
+    return texts
+
+
+def score(
+    generated: Path | None,
+    reference: Path | None,
+    metrics: GenerationMetrics,
+    image_size: int | None,
+    prompts: Path | None,
+    write: Path | None,
+    device: torch.device,
+) -> list[Measurement]:
+    """What the command line asks for; see the module."""
+    networks = metrics.networks or [Reference()]
+    for network in networks:
+        network.load(device)
+    with_features = [network for network in networks if hasattr(network, "features")]
+    made = picture_paths(generated) if generated is not None else []
+    if image_size is None:
+        if not made:
+            raise ValueError("say --image_size, for there are no generated pictures to take it from")
+        sizes = {read_picture(path, None).shape[-1] for path in made}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the pictures in {str(generated)!r} have sides of {sorted(sizes)} pixels: say --image_size"
+            )
+        (image_size,) = sizes
+
+    found: list[Measurement] = []
+    references: dict[str, Tensor] = {}
+    if reference is not None and reference.is_file():
+        for network in with_features:
+            references[network.name] = read_reference_file(reference, network.name, network.fingerprint, image_size)
+    elif reference is not None:
+        references = features_of(with_features, picture_paths(reference), image_size, "reference", device)
+    if write is not None:
+        kinds = {f"{network.name}.fingerprint": network.fingerprint for network in with_features}
+        write_features(write, references, kinds | {"image_size": str(image_size)})
+    if not made:
+        return found
+
+    if references:
+        features = features_of(with_features, made, image_size, "generated", device)
+    for network in with_features if references else []:
+        distance = ImageDistances(network.num_features)
+        distance.update(references[network.name], real=True)
+        distance.update(features[network.name], real=False)
+        result, label = distance.compute(), network.fingerprint[:60]
+        biased = "_biased" if min(result.generated, result.reference) <= network.num_features else ""
+        found.append(Measurement(network.name + biased, result.frechet, result.generated, label))
+        found.append(
+            Measurement(kernel_name(network.name), result.kernel, result.generated, label, result.kernel_error)
+        )
+    scoring = [network for network in networks if hasattr(network, "cosines")]
+    if prompts is not None and scoring:
+        texts = dict(zip(made, prompt_texts(made, prompts), strict=True))
+        scores = {network.score_name: ClipScore() for network in scoring}
+        for some, pixels in batches(made, image_size, "with prompts"):
+            for network in scoring:
+                scores[network.score_name].update(
+                    network.cosines(pixels.to(device), [texts[path] for path in some]).cpu()
+                )
+        for network in scoring:
+            value, error = scores[network.score_name].compute()
+            found.append(Measurement(network.score_name, value, len(made), network.fingerprint[:60], error))
+    return found
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m tfusion.bench.folder", description=__doc__)
+    parser.add_argument("--config", action=ActionConfigFile, help="an overlay with generation_metrics.networks")
+    parser.add_class_arguments(GenerationMetrics, "generation_metrics")
+    parser.add_argument("--generated", type=Path | None, help="folder of pictures")
+    parser.add_argument("--reference", type=Path | None, help="folder of pictures, or a file that --write wrote")
+    parser.add_argument("--image_size", type=int | None, help="side that all are brought to, pixels")
+    parser.add_argument("--prompts", type=Path | None, help="prompts.jsonl that the pictures were made from")
+    parser.add_argument("--write", type=Path | None, help="file for the reference pictures' features")
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.instantiate_classes(parser.parse_args(args))
+    try:
+        if options.generated is None and (options.reference is None or options.write is None):
+            raise ValueError(
+                "nothing to do: give --generated, with --reference or --prompts, or --reference with --write"
+            )
+        if options.write is not None and (options.reference is None or not options.reference.is_dir()):
+            raise ValueError("--write keeps the features of a folder: give --reference FOLDER")
+        found = score(
+            *(options.generated, options.reference, options.generation_metrics, options.image_size),
+            *(options.prompts, options.write, torch.device(options.device)),
+        )
+    except ValueError as error:
+        sys.stderr.write(f"tfusion: error: {error}\n")
+        sys.exit(2)
+    for one in found:
+        error = "" if one.standard_error is None else f" +- {one.standard_error:.4g}"
+        sys.stdout.write(f"{one.name:<28} {one.value:.5g}{error}   (n {one.n}, {one.network})\n")
+    sys.stdout.write(json.dumps({one.name: one.value for one in found} | {"n": found[0].n if found else 0}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
