@@ -51,8 +51,8 @@ class Data(pl.LightningDataModule):
         super().__init__()
         self.image_corpora = corpora
 
-    def validation_pictures(self, corpus: Corpus):
-        return load_split(corpus, "val")
+    def measured_pictures(self, corpus: Corpus, split: str):
+        return load_split(corpus, split)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.zeros(100, 1), batch_size=1)
@@ -135,9 +135,9 @@ def measured(folder: Path, callback: GenerationMetrics, corpus: Corpus | None = 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the statistics."""
+    """The folder of the reference features."""
     monkeypatch.setenv("TFUSION_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "statistics"
+    return tmp_path / "cache" / "features"
 
 
 # Values
@@ -148,7 +148,13 @@ def test_closed_form_of_one_feature(tmp_path: Path) -> None:
     sets = [[noise(k, n)[0].double().mean().item() for n in range(count)] for k, count in ((0, PICTURES), (1, 9))]
     means, spreads = [np.mean(values) for values in sets], [np.std(values, ddof=1) for values in sets]
     expected = (means[0] - means[1]) ** 2 + (spreads[0] - spreads[1]) ** 2
-    assert metrics == {"val/noise/fd_stub": pytest.approx(expected, rel=1e-6)}
+    assert metrics.keys() == {"val/noise/fd_stub", "val/noise/kd_stub"}
+    assert metrics["val/noise/fd_stub"] == pytest.approx(expected, rel=1e-6)
+    x, y = ([noise(k, n)[0].double().mean().item() for n in range(count)] for k, count in ((1, 9), (0, PICTURES)))
+    kernel = [[[(a * b + 1) ** 3 for b in right] for a in left] for left, right in ((x, x), (y, y), (x, y))]
+    within = [(np.sum(k) - np.trace(k)) / (len(k) * (len(k) - 1)) for k in kernel[:2]]
+    squared_mmd = sum(within) - 2 * np.mean(kernel[2])
+    assert metrics["val/noise/kd_stub"] == pytest.approx(squared_mmd, rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:The `disp` argument")
@@ -177,7 +183,7 @@ def test_a_distance_of_too_few_pictures_is_called_biased(
     corpus = Corpus([noise(0, n) for n in range(num_pictures)])
     metrics, _ = measured(tmp_path, GenerationMetrics([Stub()], num_images=num_images), corpus)
     biased = min(num_images, num_pictures) == 3
-    assert list(metrics) == ["val/noise/fd_stub_biased" if biased else "val/noise/fd_stub"]
+    assert list(metrics) == ["val/noise/fd_stub_biased" if biased else "val/noise/fd_stub", "val/noise/kd_stub"]
     expected = f"fd_stub_biased: it is of {num_images} pictures against {num_pictures}, and the network has 3"
     assert caplog.text.count(expected) == biased
 
@@ -282,14 +288,14 @@ def test_the_reference_is_read_once_a_run_and_the_rest_begins_anew(tmp_path: Pat
 
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:
-    for name in ("num_images", "every_n_steps", "batch_size"):
+    for name in ("num_images", "every_n_steps", "batch_size", "num_inference_steps"):
         with pytest.raises(ValueError, match=f"generation_metrics.{name} is 0"):
             GenerationMetrics(**{name: 0})
     with pytest.raises(ValueError, match=r"\['fd_stub', 'fd_stub'\], expected each name once"):
         GenerationMetrics([Stub(), Stub()])
-    with pytest.raises(ValueError, match=r"no validation captions .*; add data.image_corpora"):
+    with pytest.raises(ValueError, match=r"no captions .*; add data.image_corpora"):
         trainer_of(tmp_path, GenerationMetrics([Stub()])).validate(Module(), Data(), verbose=False)
-    with pytest.raises(ValueError, match=r"'noise' has 1 validation picture, fd_stub needs 2"):
+    with pytest.raises(ValueError, match=r"'noise' has 1 val picture, fd_stub needs 2"):
         measured(tmp_path, GenerationMetrics([Stub()]), Corpus([noise(0)]))
 
 

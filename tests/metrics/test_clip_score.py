@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -78,7 +79,10 @@ def test_score_is_a_mean_over_pairs_of_what_is_positive() -> None:
     many.update(torch.tensor([0.5]))
     many.update(torch.tensor([-1.0, 0.25]))
     many.update(torch.empty(0))
-    assert one.compute() == many.compute() == pytest.approx(100 * 0.75 / 3)
+    mean, error = many.compute()
+    assert one.compute() == (mean, error)
+    assert mean == pytest.approx(100 * 0.75 / 3)
+    assert error == pytest.approx(np.std([50, 0, 25], ddof=1) / 3**0.5)
 
 
 def test_what_is_no_clip_is_refused(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ class ImageDistances(Metric):
 
     def reset(self) -> None:
         """Forget the generated pictures."""
-        reference = self.reference
+        reference = list(self.reference)  # torchmetrics empties the list itself
         super().reset()
         self.reference = reference
 
