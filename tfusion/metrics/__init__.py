@@ -5,7 +5,7 @@ from tfusion.metrics.frechet import FrechetDistance
 from tfusion.metrics.image import DiffusionLoss
 from tfusion.metrics.inception import Inception
 from tfusion.metrics.networks import FeatureNetwork, ImageFeatures
-from tfusion.metrics.text import TextLoss, token_bytes
+from tfusion.metrics.text import TextLoss, standard_error_of_mean, token_bytes
 
 __all__ = [
     "Clip",
@@ -16,5 +16,6 @@ __all__ = [
     "ImageFeatures",
     "Inception",
     "TextLoss",
+    "standard_error_of_mean",
     "token_bytes",
 ]
