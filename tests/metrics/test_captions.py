@@ -16,9 +16,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from tfusion.metrics.captions import caption_tokens, cider_d
 
-WORDS = tuple(
-    ["a", "the", "red", "blue", "dog", "cat", "boy", "runs", "sits", "on", "in", "front", "of", "grass", "house"]
-)
+WORDS = ("a", "the", "red", "blue", "dog", "cat", "boy", "runs", "sits", "on", "in", "front", "of", "grass", "house")
 
 
 def captions(count: int, seed: int = 0) -> list[tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -12,7 +13,7 @@ from torchmetrics.text import Perplexity as TorchmetricsPerplexity
 
 from tfusion.callbacks.perplexity import Perplexity
 from tfusion.losses import token_nll
-from tfusion.metrics import DiffusionLoss, TextLoss, token_bytes
+from tfusion.metrics import DiffusionLoss, TextLoss, standard_error_of_mean, token_bytes
 from tfusion.sequence import BOI_ID, EOS_ID, IGNORE_INDEX
 from tfusion.tokenizers import TextTokenizer
 
@@ -66,11 +67,11 @@ def test_only_counted_tokens_count_and_batches_do_not_matter() -> None:
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_nothing_counted_and_hopeless_models_give_numbers() -> None:
     metric = TextLoss(torch.ones(VOCAB))
-    assert metric.compute() == {"nll": 0, "perplexity": 1, "bits_per_byte": 0, "tokens": 0}
+    assert metric.compute() == {"nll": 0, "perplexity": 1, "bits_per_byte": 0, "tokens": 0, "squares": 0}
     metric.update(torch.tensor([5000.0]), torch.tensor([7]), torch.tensor([True]))
     assert math.isfinite(metric.compute()["perplexity"])
     assert metric.compute()["nll"] == 5000
-    assert DiffusionLoss().compute() == {"loss": 0, "images": 0}
+    assert DiffusionLoss().compute() == {"loss": 0, "images": 0, "squares": 0}
 
 
 def test_diffusion_loss_is_the_mean_over_counted_images() -> None:
@@ -78,7 +79,18 @@ def test_diffusion_loss_is_the_mean_over_counted_images() -> None:
     errors = torch.tensor([0.5, 2.0, 100.0, 1.0, 100.0])
     metric.update(errors[:3], torch.tensor([True, True, False]))
     metric.update(errors[3:], torch.tensor([True, False]))
-    assert metric.compute() == {"loss": pytest.approx(3.5 / 3, rel=1e-12), "images": 3}
+    assert metric.compute() == {"loss": pytest.approx(3.5 / 3, rel=1e-12), "images": 3, "squares": 5.25}
+
+
+def test_standard_errors_are_those_of_samples() -> None:
+    """Against numpy, and against the spread of the means of many samples."""
+    values = np.random.default_rng(0).exponential(2.0, (2000, 50))
+    expected = values[0].std(ddof=1) / math.sqrt(50)
+    assert standard_error_of_mean(values[0].sum(), (values[0] ** 2).sum(), 50) == pytest.approx(expected, rel=1e-9)
+    errors = [standard_error_of_mean(row.sum(), (row**2).sum(), 50) for row in values]
+    assert np.mean(errors) == pytest.approx(values.mean(1).std(), rel=0.05)
+    assert standard_error_of_mean(3.0, 9.0, 1) is None
+    assert standard_error_of_mean(0.3, 0.03, 3) == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("vocab_size", [261, 300, 400])
@@ -103,7 +115,7 @@ def test_bytes_of_the_tokens_of_another_kind_of_tokenizer() -> None:
 
 @pytest.fixture
 def validated(tiny_module, tiny_data, tiny_trainer):
-    """Module, data and metrics after `trainer.validate`; the averaged weights are not the trained ones."""
+    """Module, data, metrics and findings after `trainer.validate`; the averaged weights are not the trained ones."""
     module, data, callback = tiny_module(seed=2), tiny_data(val_rows=3), Perplexity()
     trainer = tiny_trainer(10, limit_val_batches=1.0, callbacks=[callback])
     module.materialize("cpu")
@@ -113,15 +125,16 @@ def validated(tiny_module, tiny_data, tiny_trainer):
     metrics = {}
     module.log_dict = lambda values, **_: metrics.update(values)
     trainer.validate(module, data, verbose=False)
-    return module, data, metrics
+    return module, data, metrics, callback.findings
 
 
 def test_validation_equals_loops_over_the_evaluation_weights(validated) -> None:
     """Text: tokens and EOS; a caption alone: tokens; a caption of a given image: tokens and EOS. Never BOI."""
-    module, data, metrics = validated
-    all_nats = all_tokens = errors = images = 0.0
+    module, data, metrics, findings = validated
+    measured = {one.name: one for one in findings.measurements}
+    all_nats, errors, noise = [], [], []
     for view, loader in zip(data.val_views, data.val_dataloader(), strict=True):
-        nats = tokens = size = 0.0
+        nats, size = [], 0
         for batch in loader:
             x_0 = batch.images.float() / 127.5 - 1
             clean = batch.noise_limits == 0
@@ -132,21 +145,38 @@ def test_validation_equals_loops_over_the_evaluation_weights(validated) -> None:
             for row, label in zip(logits.log_softmax(-1), batch.text_labels.tolist(), strict=True):
                 if label in (IGNORE_INDEX, BOI_ID) or (label == EOS_ID and view == "tiles"):
                     continue
-                nats, tokens, size = (
-                    nats - row[label].item(),
-                    tokens + 1,
-                    size + (label != EOS_ID),
-                )  # a byte an id
+                nats.append(-row[label].item())
+                size += label != EOS_ID  # a byte an id
             for slot in range(len(clean)):
                 if batch.image_valid[slot] and not clean[slot]:
-                    errors += (output[slot] - batch.noise[slot]).square().mean().item()
-                    images += 1
-        assert metrics[f"val/{view}/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
-        assert metrics[f"val/{view}/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-        all_nats, all_tokens = all_nats + nats, all_tokens + tokens
-    assert images == 5
-    assert metrics["val/text_loss"] == pytest.approx(all_nats / all_tokens, rel=1e-5)
-    assert metrics["val/diffusion_loss"] == pytest.approx(errors / images, rel=1e-5)
+                    errors.append((output[slot] - batch.noise[slot]).square().mean().item())
+                    noise.append(int(t[slot]) // 250)
+        perplexity, bits = measured[f"val/{view}/perplexity"], measured[f"val/{view}/bits_per_byte"]
+        error = np.std(nats, ddof=1) / math.sqrt(len(nats))
+        assert metrics[perplexity.name] == perplexity.value == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+        assert metrics[bits.name] == bits.value == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-5)
+        assert perplexity.n == bits.n == len(nats)
+        up, down = (math.exp(np.mean(nats) + sign * 1e-4 * error) for sign in (1, -1))
+        assert perplexity.standard_error == pytest.approx((up - down) / 2e-4, rel=1e-4)
+        up, down = ((sum(nats) + sign * error * len(nats)) / math.log(2) / size for sign in (1, -1))
+        assert bits.standard_error == pytest.approx((up - down) / 2, rel=1e-4)
+        all_nats += nats
+    assert len(errors) == 5
+    assert metrics["val/text_loss"] == pytest.approx(np.mean(all_nats), rel=1e-5)
+    assert metrics["val/diffusion_loss"] == pytest.approx(np.mean(errors), rel=1e-5)
+    text, image, loss = (measured[f"val/{name}"] for name in ("text_loss", "diffusion_loss", "loss"))
+    assert (text.n, image.n) == (len(all_nats), 5)
+    assert text.standard_error == pytest.approx(np.std(all_nats, ddof=1) / math.sqrt(len(all_nats)), rel=1e-4)
+    assert image.standard_error == pytest.approx(np.std(errors, ddof=1) / math.sqrt(5), rel=1e-4)
+    assert loss.standard_error == pytest.approx(math.hypot(text.standard_error, 5 * image.standard_error))
+    found = {name: one for name, one in measured.items() if "diffusion_loss_t" in name}
+    by_quarter = {q: [e for e, n in zip(errors, noise, strict=True) if n == q] for q in sorted(set(noise))}
+    assert 1 < len(by_quarter) <= 4
+    assert set(found) == {f"val/tiles/diffusion_loss_t{250 * q}-{250 * q + 250}" for q in by_quarter}
+    for one, some in zip(found.values(), by_quarter.values(), strict=True):
+        assert (metrics[one.name], one.n) == (one.value, len(some))
+        assert one.value == pytest.approx(np.mean(some), rel=1e-5)
+    assert 0 < findings.seconds["losses"] < 100
     assert metrics["val/tiles/diffusion_loss"] == metrics["val/diffusion_loss"]
     assert "val/lines/diffusion_loss" not in metrics
     assert "val/tiles/given_image/diffusion_loss" not in metrics
@@ -155,7 +185,7 @@ def test_validation_equals_loops_over_the_evaluation_weights(validated) -> None:
 
 
 def test_bytes_of_a_text_view_are_those_of_its_texts(validated, tiny_data, texts) -> None:
-    _, _, metrics = validated
+    _, _, metrics, _ = validated
     size = sum(len(text.encode()) for text in texts.load("val"))
     tokens = size + len(texts.load("val"))  # a byte an id, and EOS
     nats = math.log(metrics["val/lines/perplexity"]) * tokens
@@ -171,9 +201,11 @@ def test_metrics_are_those_of_all_ranks(byte_tokenizer, monkeypatch) -> None:
     data = SimpleNamespace(tokenizer=byte_tokenizer, val_views=["tiles", "tiles/given_image"])
     trainer = SimpleNamespace(datamodule=data, loggers=[], global_step=0, state=SimpleNamespace(fn="fit"))
     module = SimpleNamespace(device="cpu", diffusion_loss_weight=5.0, log_dict=lambda v, **_: metrics.update(v))
+    module.process = SimpleNamespace(num_train_timesteps=1000)
     callback.on_validation_epoch_start(trainer, module)
     outputs = {"nll": torch.tensor([2.0, 2.0]), "labels": torch.tensor([65, 66])}
     outputs |= {"errors": torch.tensor([3.0, 3.0]), "valid": torch.tensor([True, True])}
+    outputs |= {"timesteps": torch.tensor([30, 900])}
     for number in range(2):
         callback.on_validation_batch_end(trainer, module, outputs, None, 0, number)
     callback.on_validation_epoch_end(trainer, module)
@@ -181,3 +213,5 @@ def test_metrics_are_those_of_all_ranks(byte_tokenizer, monkeypatch) -> None:
     assert metrics["val/tiles/diffusion_loss"] == pytest.approx((6 + 4) / (2 + 4))
     assert metrics["val/diffusion_loss"] == pytest.approx((6 + 4) / (2 + 4))
     assert metrics["val/loss"] == pytest.approx(metrics["val/text_loss"] + 5 * (6 + 4) / (2 + 4))
+    assert metrics["val/tiles/diffusion_loss_t0-250"] == pytest.approx((3 + 4) / (1 + 4))
+    assert callback.findings.measurements[-3].n == 2 * (2 + 4)

@@ -7,7 +7,7 @@ from tfusion.metrics.image import DiffusionLoss
 from tfusion.metrics.inception import Inception
 from tfusion.metrics.networks import FeatureNetwork, ImageFeatures, PairScore
 from tfusion.metrics.reference import Reference
-from tfusion.metrics.text import TextLoss, token_bytes
+from tfusion.metrics.text import TextLoss, standard_error_of_mean, token_bytes
 
 __all__ = [
     "Clip",
@@ -21,5 +21,6 @@ __all__ = [
     "PairScore",
     "Reference",
     "TextLoss",
+    "standard_error_of_mean",
     "token_bytes",
 ]

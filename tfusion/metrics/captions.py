@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from pycocoevalcap.cider.cider_scorer import CiderScorer
 
 # What pycocoevalcap removes, as it comes out of `TOKEN`: quotes, and the ends and parts of sentences.
 PUNCTUATION = frozenset("'\"`.?!,:;-")
@@ -61,8 +62,6 @@ def cider_d(written: Sequence[str], references: Sequence[Sequence[str]]) -> np.n
     Raises:
         ValueError: not as many pictures as captions, or a picture without references.
     """
-    from pycocoevalcap.cider.cider_scorer import CiderScorer
-
     if len(written) != len(references):
         raise ValueError(f"got {len(written)} written captions and references of {len(references)} pictures")
     for number, captions in enumerate(references):

@@ -15,10 +15,21 @@ from tfusion.sequence import Batch
 NUM_QUARTERS = 4  # the diffusion loss is also logged by quarter of the noise range
 
 
+def noise_quarter(timesteps: Tensor, num_timesteps: int) -> Tensor:
+    """(I,) which quarter of the noise range a timestep (I,) is in, 0 the one of least noise."""
+    return (timesteps / num_timesteps * NUM_QUARTERS).long().clamp(max=NUM_QUARTERS - 1)
+
+
+def quarter_name(quarter: int, num_timesteps: int) -> str:
+    """Such as `t0-250`."""
+    start, end = (n * num_timesteps // NUM_QUARTERS for n in (quarter, quarter + 1))
+    return f"t{start}-{end}"
+
+
 @torch.no_grad()
 def micro_batch_sums(batch: Batch, losses: Tensor, errors: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
     """(13,) of one micro-batch, from its losses (2,) and each image's error and timestep (I,)."""
-    quarter = (timesteps / num_timesteps * NUM_QUARTERS).long().clamp(max=NUM_QUARTERS - 1)
+    quarter = noise_quarter(timesteps, num_timesteps)
     by_quarter = errors.new_zeros(2, NUM_QUARTERS)
     noised = batch.image_valid & (batch.noise_limits > 0)
     by_quarter.index_add_(1, quarter, torch.stack([errors, noised.float()]))
@@ -42,6 +53,5 @@ def metrics_of(sums: Tensor, num_timesteps: int, diffusion_loss_weight: float) -
     for q in range(NUM_QUARTERS):
         total, count = by_quarter[q], by_quarter[NUM_QUARTERS + q]
         if count:
-            ends = [n * num_timesteps // NUM_QUARTERS for n in (q, q + 1)]
-            metrics[f"train/diffusion_loss_t{ends[0]}-{ends[1]}"] = total / count
+            metrics[f"train/diffusion_loss_{quarter_name(q, num_timesteps)}"] = total / count
     return metrics

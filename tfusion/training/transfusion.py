@@ -157,8 +157,14 @@ class TransfusionModule(TrainedModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Losses of each label and image, for the metrics callback."""
-        nll, errors, _, valid = self._losses(self.evaluation_model, batch)
-        return {"nll": nll, "labels": batch.text_labels, "errors": errors, "valid": valid}
+        nll, errors, timesteps, valid = self._losses(self.evaluation_model, batch)
+        return {
+            "nll": nll,
+            "labels": batch.text_labels,
+            "errors": errors,
+            "timesteps": timesteps,
+            "valid": valid,
+        }
 
     def predict_step(self, batch: list[tuple[int, Request]], batch_idx: int) -> list[Generation]:
         """Samples for numbered requests."""
