@@ -26,6 +26,7 @@ import yaml
 
 from tfusion import __main__ as cli
 from tfusion.data.corpora import CaptionedImage, Split
+from tfusion.report.validation import number as shown
 from tfusion.training import run_folder
 
 SPEED = {"train/tokens_per_s", "train/images_per_s", "train/seconds"}  # the columns that a clock fills
@@ -194,6 +195,12 @@ def test_validate_and_predict_leave_the_run_as_it_is(copied: Path) -> None:
     code, output = tfusion(copied, "validate", *run, "last")
     assert code == 0, output
     assert hashes(root) == before
+    read = json.loads((root / "validation.json").read_text())
+    assert (read["step"], read["checkpoint"]) == (STEPS, "checkpoints/last.ckpt")
+    logged = {name for name in rows(root)[-1] if name.startswith("val/")}
+    assert {measurement["name"] for measurement in read["measurements"]} == logged
+    assert all(f"\n{name} " in output for name in logged)
+    assert "<h2>Curves</h2>" in (root / "report.html").read_text()
     code, output = tfusion(copied, "predict", *run, "best", "--data.prompts", str(prompts))
     assert code == 0, output
     assert hashes(root) == before
@@ -422,7 +429,8 @@ def test_networks_in_yaml_measure_in_fit_and_in_validate_of_its_config(tmp_path:
     assert len(values) == STEPS // 3
     code, output = tfusion(tmp_path, "validate", "--config", "run/config.yaml", "--ckpt_path", "last")
     assert code == 0, output
-    assert f"{'val/grey/fd_pixels':<40} {float(values[-1]):.4f}" in output
+    [line] = [line for line in output.splitlines() if line.startswith("val/grey/fd_pixels ")]
+    assert line.split()[1] == shown(float(values[-1]))
 
 
 def test_a_network_that_cannot_be_loaded_is_said_before_training(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def test_validate_and_predict(fitted: Path, tmp_path: Path) -> None:
     codes, text = end_ranks(start_ranks(output, command, tmp_path, "validate", *run), output)
     assert codes == [0, 0], text
     [shown] = [line for line in text.splitlines() if line.startswith("val/loss ")]
+    assert text.count("report.html") == 1
+    assert json.loads((fitted / "run" / "validation.json").read_text())["processes"] == RANKS
     measured = [row["val/loss"] for row in rows(fitted / "run") if row["val/loss"]]
     assert float(shown.split()[1]) == pytest.approx(float(measured[-1]), abs=1e-4)
 

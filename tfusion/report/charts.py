@@ -50,6 +50,7 @@ def draw(chart: Chart, name: str) -> str:
         "xtick.color": INK,
         "ytick.color": INK,
         "xtick.major.size": 0,
+        "xtick.major.pad": 8,  # clear of the lowest label of the y axis
         "ytick.major.size": 0,
         "ytick.minor.size": 0,
         "grid.color": GRID,

@@ -26,15 +26,16 @@ def render(
         curves: the run's metrics.csv.
         config: the run's config.yaml.
         attribution: what the corpora ask to be written where their pictures appear.
-        examples: pictures of a corpus shown, of each kind.
+        examples: pictures of a corpus shown, of each kind; 0 = no pictures at all.
     """
+    pictured = validation.examples if examples else []
     sections = {
         "Measurements": _table(validation),
         "Curves": _charts(training_charts(curves or {}), "curve"),
         "Loss by timestep": _charts(timestep_charts(curves or {}, validation.measurements), "timestep"),
-        "Pictures made": pictures.grids(validation.examples, examples),
-        "Captions written": pictures.captions(validation.examples, examples),
-        "Best and worst": pictures.extremes(validation.examples),
+        "Pictures made": pictures.grids(pictured, examples),
+        "Captions written": pictures.captions(pictured, examples),
+        "Best and worst": pictures.extremes(pictured),
         "Time": _times(validation),
         "Configuration": _config(config),
     }
