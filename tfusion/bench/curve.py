@@ -54,8 +54,11 @@ def verdict(comparison: Comparison, seeds: int) -> str:
     outside = comparison.outside()
     if outside is not None:
         first, last = outside
-        back = "" if last == len(comparison.values) - 1 else f" to step {comparison.steps[last, 1]}"
-        return f"outside from step {comparison.steps[first, 0]}{back}: {at(first)}"
+        start, end = comparison.steps[first, 0], comparison.steps[last, 1]
+        where = f"from step {start}"
+        if last < len(comparison.values) - 1:  # it came back
+            where = f"at step {start}" if start == end else f"from step {start} to step {end}"
+        return f"outside {where}: {at(first)}"
     if comparison.bad_step is not None:
         return f"outside from step {comparison.bad_step}: {comparison.bad_loss:g}, expected a positive number"
     if not len(comparison.values):
@@ -84,8 +87,8 @@ def draw(curves: dict[str, Curve], reference: Reference, comparisons: dict[str, 
 
 def _draw_curve(panel: Axes, run: Curve, reference: Curve, comparison: Comparison) -> None:
     middle = comparison.steps.mean(1)
-    for losses in reference.losses:
-        panel.plot(reference.steps, losses, color="0.75", linewidth=0.6)
+    seeds = panel.plot(reference.steps, reference.losses.T, color="0.75", linewidth=0.6)
+    seeds[0].set_label("seeds of the reference")
     shown = np.isfinite(run.losses) & (run.losses > 0)
     panel.plot(run.steps[shown], run.losses[shown], color="tab:blue", linewidth=0.6, alpha=0.5)
     if comparison.in_a_row > 1:

@@ -85,16 +85,18 @@ class Comparison:
 
     def last_outside(self) -> int:
         """How many windows at the end are outside on one side, as the run has come."""
-        if not len(self.values):
+        stretches = self._stretches()
+        if not stretches:
             return 0
-        first, last = self._stretches()[-1]
+        first, last = stretches[-1]
         return (last - first + 1) * abs(int(self.sides[first]))
 
     def _stretches(self) -> list[tuple[int, int]]:
         """Windows next to each other that are of one side, as (first, last)."""
         sides = self.sides
         starts = [w for w in range(len(sides)) if w == 0 or sides[w] != sides[w - 1]]
-        return list(zip(starts, [*(start - 1 for start in starts[1:]), len(sides) - 1], strict=True))
+        ends = [w for w in range(len(sides)) if w == len(sides) - 1 or sides[w] != sides[w + 1]]
+        return list(zip(starts, ends, strict=True))
 
     @property
     def is_outside(self) -> bool:

@@ -95,24 +95,28 @@ def make(name: str, runs: Sequence[Path]) -> Reference:
     """
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} run, expected at least 2 (3 are usual), of different seeds")
-    settings, curves = settings_of(runs[0]), [read_curves(run) for run in runs]
-    first = curves[0]
+    settings = settings_of(runs[0])
     seen: dict[tuple[Any, ...], Path] = {}
-    for run, own in zip(runs, curves, strict=True):
-        config = read_config(run)
-        seeds = tuple(dict(_flat(config)).get(key) for key in SEEDS)
-        if seeds in seen:
-            raise ValueError(f"{run} and {seen[seeds]} have the same seeds {seeds} ({', '.join(SEEDS)})")
-        seen[seeds] = run
+    for run in runs:
         differing = differences(settings_of(run), settings)
         if differing:
             raise ValueError(f"{run} has other settings than {runs[0]}: {_few(differing)}")
+        flat = dict(_flat(read_config(run)))
+        seeds = tuple(flat.get(key) for key in SEEDS)
+        if seeds in seen:
+            raise ValueError(f"{run} and {seen[seeds]} have the same seeds {seeds} ({', '.join(SEEDS)})")
+        seen[seeds] = run
+    curves = [read_curves(run) for run in runs]
+    first = curves[0]
+    for run, own in zip(runs, curves, strict=True):
         for column in first | own:
-            if column not in own or column not in first or not np.array_equal(own[column].steps, first[column].steps):
-                ends = {
-                    str(r): int(c[column].steps[-1]) if column in c else None for r, c in zip(runs, curves, strict=True)
-                }
-                raise ValueError(f"{column} is not logged at the same steps in all runs; the last steps are {ends}")
+            steps = [c[column].steps.tolist() if column in c else [] for c in (first, own)]
+            if steps[0] != steps[1]:
+                last = [max(s, default=None) for s in steps]
+                raise ValueError(
+                    f"{runs[0]} and {run} have {column} at different steps (the last are {last[0]} and {last[1]}); "
+                    "expected finished runs of one configuration"
+                )
             losses = own[column].losses
             if not (np.isfinite(losses) & (losses > 0)).all():
                 raise ValueError(f"{run}: {column} has a loss that is not a positive number; leave this run out")
