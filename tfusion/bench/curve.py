@@ -98,7 +98,8 @@ def _draw_curve(panel: Axes, run: Curve, reference: Curve, comparison: Compariso
         panel.vlines(middle, *half, color="tab:green", alpha=0.4, linewidth=8, label="band")
     panel.plot(middle, comparison.values, color="tab:blue", marker=".", label="this run")
     out = comparison.sides != 0
-    panel.plot(middle[out], comparison.values[out], color="tab:red", marker="o", linestyle="none", label="outside")
+    if out.any():
+        panel.plot(middle[out], comparison.values[out], color="tab:red", marker="o", linestyle="none", label="outside")
     if comparison.bad_step is not None:
         panel.axvline(comparison.bad_step, color="tab:red", label="no positive number")
     panel.set_yscale("log")
