@@ -33,6 +33,7 @@ from tfusion.data.prompts import read_prompts
 from tfusion.metrics import ClipScore, ImageDistances, ImageFeatures, Reference
 from tfusion.metrics.distances import kernel_name, read_reference_file, write_features
 from tfusion.metrics.measurement import Measurement
+from tfusion.metrics.networks import label_of
 from tfusion.pictures import fit_square, to_rgb
 from tfusion.requests import GenerationConfig
 
@@ -146,7 +147,7 @@ def score(
         distance = ImageDistances(network.num_features)
         distance.update(references[network.name], real=True)
         distance.update(features[network.name], real=False)
-        result, label = distance.compute(), network.fingerprint[:60]
+        result, label = distance.compute(), label_of(network)
         biased = "_biased" if min(result.generated, result.reference) <= network.num_features else ""
         found.append(Measurement(network.name + biased, result.frechet, result.generated, label))
         found.append(
@@ -163,7 +164,7 @@ def score(
                 )
         for network in scoring:
             value, error = scores[network.score_name].compute()
-            found.append(Measurement(network.score_name, value, len(made), network.fingerprint[:60], error))
+            found.append(Measurement(network.score_name, value, len(made), label_of(network), error))
     return found
 
 

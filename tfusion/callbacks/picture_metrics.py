@@ -17,6 +17,7 @@ from tfusion.metrics import ClipScore, ImageDistances, ImageFeatures, PairScore
 from tfusion.metrics.clip_score import pair_scores
 from tfusion.metrics.distances import cached_path, keep, kernel_name, read_cached, read_reference_file
 from tfusion.metrics.measurement import Example, Measurement
+from tfusion.metrics.networks import label_of
 from tfusion.requests import GenerationConfig, Request
 from tfusion.training.parallel import gather_lists
 
@@ -56,7 +57,7 @@ class PictureMetrics:
         found: list[Measurement] = []
         scores: tuple[str, list[float]] | None = None
         for network in self.networks:
-            label = network.fingerprint[:60]
+            label = label_of(network)
             if hasattr(network, "features"):
                 with seconds(f"{network.name} of {number} pictures of {prefix}"):
                     found += self._distance(trainer, module.device, network, prefix, pictures, images, label)

@@ -157,6 +157,11 @@ class FeatureNetwork:
         return digest.hexdigest()
 
 
+def label_of(network: ImageFeatures | PairScore) -> str:
+    """A loaded network in a table: its fingerprint, with hashes cut to 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", network.fingerprint)
+
+
 def resized(images: Tensor, side: int) -> Tensor:
     """(N, 3, side, side) float in [0, 255] of uint8 pictures (N, 3, H, H), bicubic, antialiased."""
     pixels = images.float()
