@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from torch import Tensor
 
-from tfusion.data import OpenMoji, Shapes
 from tfusion.data.corpora import CaptionedImage
+from tfusion.data.openmoji import OpenMoji
+from tfusion.data.shapes import Shapes
 from tfusion.loading import load
 from tfusion.metrics import ClipScore, ImageDistances, Reference
 

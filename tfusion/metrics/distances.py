@@ -64,8 +64,7 @@ class ImageDistances(Metric):
 
     def compute(self) -> Distances:
         generated, reference = _whole(self.generated), _whole(self.reference)
-        frechet = FrechetDistance(self.num_features).to(generated.device)
-        frechet.sync_on_compute = False  # these are all
+        frechet = FrechetDistance(self.num_features, sync_on_compute=False).to(generated.device)  # these are all
         frechet.update(reference, real=True)
         frechet.update(generated, real=False)
         kernel, error = kernel_distance(generated, reference)

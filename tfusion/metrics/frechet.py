@@ -16,10 +16,10 @@ class FrechetDistance(FrechetInceptionDistance):
     `update(features, real)` adds (N, D) features, none included; `reset` keeps those of the reference pictures.
     """
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, sync_on_compute: bool = True) -> None:
         given = torch.nn.Identity()
         given.num_features = num_features  # where torchmetrics looks for D
-        super().__init__(feature=given, reset_real_features=False)
+        super().__init__(feature=given, reset_real_features=False, sync_on_compute=sync_on_compute)
         self.num_features = num_features
 
     def update(self, features: Tensor, real: bool) -> None:
