@@ -1,5 +1,6 @@
 """What is measured, as torchmetrics Metrics, and the networks that some of it is measured with."""
 
+from tfusion.metrics.choices import ChoiceAccuracy
 from tfusion.metrics.clip_score import Clip, ClipScore
 from tfusion.metrics.frechet import FrechetDistance
 from tfusion.metrics.image import DiffusionLoss
@@ -8,6 +9,7 @@ from tfusion.metrics.networks import FeatureNetwork, ImageFeatures
 from tfusion.metrics.text import TextLoss, standard_error_of_mean, token_bytes
 
 __all__ = [
+    "ChoiceAccuracy",
     "Clip",
     "ClipScore",
     "DiffusionLoss",
