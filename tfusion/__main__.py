@@ -33,6 +33,7 @@ from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.callbacks.perplexity import Perplexity
 from tfusion.callbacks.progress import LossProgressBar
+from tfusion.callbacks.reconstruction import ReconstructionQuality
 from tfusion.callbacks.samples import SampleGrid
 from tfusion.callbacks.training_metrics import TrainingMetrics
 from tfusion.callbacks.writer import PredictionWriter
@@ -130,7 +131,7 @@ class TfusionCLI(LightningCLI):
         if self.subcommand == "fit":
             own = [run_folder.MetricsLogger(root), run_folder.EventsLogger(root)]
             kwargs["logger"] = own + _as_list(config.logger)
-        callbacks += [BadRecordReport(), TrainingMetrics(), RankedChoice()]
+        callbacks += [BadRecordReport(), TrainingMetrics(), RankedChoice(), ReconstructionQuality()]
         if config.accelerator == "auto" and not torch.cuda.is_available():
             kwargs["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sums of losses need
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

@@ -60,6 +60,8 @@ class RankedChoice(L.Callback):
                     share(f"val/{name}/accuracy", counts["right"], counts["questions"]),
                     share(f"val/{name}/accuracy_unnormalised", counts["right_unnormalised"], counts["questions"]),
                 ]
+        if not self.findings.measurements:
+            return
         metrics = {one.name: one.value for one in self.findings.measurements}
         # as in Perplexity: where `best` and `tfusion validate` read them
         pl_module.log_dict(metrics, logger=False, sync_dist=False)

@@ -6,6 +6,7 @@ from tfusion.metrics.frechet import FrechetDistance
 from tfusion.metrics.image import DiffusionLoss
 from tfusion.metrics.inception import Inception
 from tfusion.metrics.networks import FeatureNetwork, ImageFeatures
+from tfusion.metrics.reconstruction import Reconstruction
 from tfusion.metrics.text import TextLoss, standard_error_of_mean, token_bytes
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "FrechetDistance",
     "ImageFeatures",
     "Inception",
+    "Reconstruction",
     "TextLoss",
     "standard_error_of_mean",
     "token_bytes",
