@@ -61,8 +61,9 @@ def make(tokenizer: VAETokenizer | None) -> tuple[TransfusionModule, MultimodalD
     module = TransfusionModule(
         Transfusion(**sizes), FlowMatchEulerDiscreteScheduler(), tokenizer, "flow_prediction", warmup_steps=1
     )
+    # rows of two pictures, so that two ranks have some each
     data = MultimodalDataModule(
-        [TinyPictures()], [TinyTexts()], vocab_size=BYTES_VOCAB_SIZE, seq_len=64, rows_per_step=2, lanes=2, val_rows=1
+        [TinyPictures()], [TinyTexts()], vocab_size=BYTES_VOCAB_SIZE, seq_len=32, rows_per_step=2, lanes=2, val_rows=1
     )
     return module, data
 
