@@ -192,8 +192,11 @@ def test_validate_and_predict_leave_the_run_as_it_is(copied: Path) -> None:
     prompts = copied / "prompts.jsonl"
     prompts.write_text(json.dumps({"segments": [{"text": "grey 1"}], "generate": "image"}) + "\n")
     run = ("--config", str(root / "config.yaml"), "--trainer.default_root_dir", str(root), "--ckpt_path")
-    code, output = tfusion(copied, "validate", *run, "last")
+    endings = copied / "endings.jsonl"
+    endings.write_text(json.dumps({"context": "grey", "choices": [" 1", " 2"], "answer": 0}) + "\n")
+    code, output = tfusion(copied, "validate", *run, "last", f"--data.choices.endings={endings}")
     assert code == 0, output
+    assert "val/endings/accuracy" in output
     assert hashes(root) == before
     read = json.loads((root / "validation.json").read_text())
     assert (read["step"], read["checkpoint"]) == (STEPS, "checkpoints/last.ckpt")
@@ -281,6 +284,10 @@ REFUSED = {
     "in setup, where Lightning's cleaning up fails too": (
         ["--trainer.default_root_dir", "new", "--data.seq_len", "100"],
         r"data.seq_len 100 is longer than the model's max_seq_len 64",
+    ),
+    "a file of choices that is not there": (
+        ["--trainer.default_root_dir", "new", "--data.choices", '{"endings": "gone.jsonl"}'],
+        r"no choices file 'gone.jsonl'",
     ),
 }
 

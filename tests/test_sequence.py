@@ -301,6 +301,7 @@ def test_shapes_and_types_do_not_depend_on_the_content(image_shape) -> None:
         "images": pictures,
         "latents": None if image_shape else ((slots, *LATENT), torch.float32),
         "position": None,
+        "choice_ids": None,
         "image_keys": ("",) * slots,
     }
     if image_shape:

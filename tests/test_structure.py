@@ -33,6 +33,7 @@ TIERS = [
     {"data.picture_formats", "data.building"},
     {"data.text_records", "data.image_files"},
     {"data.text_files", "data.steps", "data.validation", "data.prompts", "metrics"},
+    {"data.choices"},
     {
         "data.datamodule",
         "training.optim",
@@ -50,7 +51,7 @@ TIERS = [
 ]
 # A package's own pieces may import each other.
 FAMILIES = ("tokenizers", "metrics", "callbacks", "report", "bench", "models", "training", "data.shapes")
-FIRST_WITH_LIGHTNING = 12
+FIRST_WITH_LIGHTNING = 13
 
 
 def module_of(path: Path) -> str:

@@ -28,10 +28,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from tfusion.callbacks.bad_records import BadRecordReport
 from tfusion.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, Checkpoint
+from tfusion.callbacks.choices import RankedChoice
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.callbacks.perplexity import Perplexity
 from tfusion.callbacks.progress import LossProgressBar
+from tfusion.callbacks.reconstruction import ReconstructionQuality
 from tfusion.callbacks.report import ValidationReport
 from tfusion.callbacks.samples import SampleGrid
 from tfusion.callbacks.training_metrics import TrainingMetrics
@@ -131,7 +133,7 @@ class TfusionCLI(LightningCLI):
         if self.subcommand == "fit":
             own = [run_folder.MetricsLogger(root), run_folder.EventsLogger(root)]
             kwargs["logger"] = own + _as_list(config.logger)
-        callbacks += [BadRecordReport(), TrainingMetrics()]
+        callbacks += [BadRecordReport(), TrainingMetrics(), RankedChoice(), ReconstructionQuality()]
         if config.accelerator == "auto" and not torch.cuda.is_available():
             kwargs["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sums of losses need
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

@@ -179,6 +179,7 @@ class Batch:
     latents: Tensor | None = None  # (I, C, h, w) float32
     position: tuple | None = None  # of the data after this step; only on the last micro-batch of a step
     image_keys: tuple[str, ...] = ()  # (I,) names for reports, "" in empty slots
+    choice_ids: Tensor | None = None  # (N,) int64, in ranked choice: which choice a label is of, -1 of none
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy on another device."""

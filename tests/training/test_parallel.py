@@ -18,6 +18,7 @@ from PIL import Image
 from tests.conftest import BYTES_VOCAB_SIZE, IMAGE_SIZE, TinyPictures, TinyTexts
 from tests.training.processes import RANKS, run_ranks
 from tfusion.callbacks.checkpoint import AtomicCheckpointIO
+from tfusion.callbacks.choices import RankedChoice
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.perplexity import Perplexity
 from tfusion.callbacks.samples import SampleGrid
@@ -58,7 +59,9 @@ def strategy(name: str) -> Any:
     return name
 
 
-def make(workers: int = 0, prompts: Path | None = None, **model: Any) -> tuple[TransfusionModule, MultimodalDataModule]:
+def make(
+    workers: int = 0, prompts: Path | None = None, choices: Path | None = None, **model: Any
+) -> tuple[TransfusionModule, MultimodalDataModule]:
     sizes = {"vocab_size": BYTES_VOCAB_SIZE, "latent_shape": (3, IMAGE_SIZE, IMAGE_SIZE), "patch_size": 4}
     sizes |= {"dim": 36, "num_layers": 2, "num_heads": 2, "max_seq_len": 64, "patch_positions": True}
     module = TransfusionModule(
@@ -81,6 +84,7 @@ def make(workers: int = 0, prompts: Path | None = None, **model: Any) -> tuple[T
         val_rows=2,
         prompts=None if prompts is None else str(prompts),
         predict_batch_size=1,
+        choices=None if choices is None else {"endings": str(choices)},
     )
     return module, data
 
@@ -134,9 +138,9 @@ def fit(
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
         val_check_interval=HALF * accumulate,
-        callbacks=[EMA(0.9), Perplexity(), SampleGrid(HALF, 3, 2, 1), recorder],
+        callbacks=[EMA(0.9), Perplexity(), RankedChoice(), SampleGrid(HALF, 3, 2, 1), recorder],
     )
-    module, data = make(workers, **model)
+    module, data = make(workers, choices=folder.parent / "choices.jsonl", **model)
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     if trainer.is_global_zero:
         kept = {"losses": torch.tensor(recorder.losses), "metrics": recorder.metrics, "counts": recorder.counts}
@@ -185,6 +189,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, cache_folder: None) -> Path:
     for name, count in (("three", 3), ("one", 1)):
         lines = [json.dumps(request) + "\n" for request in REQUESTS[:count]]
         (root / f"{name}.jsonl").write_text("".join(lines))
+    questions = [{"context": f"Line {n}", "choices": [" of a", f" xyz {n}", "!"], "answer": n % 3} for n in range(11)]
+    (root / "choices.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     fit(root / "one")
     run_ranks(root / "output", all_of_a_rank, root)
     fit(root / "one_recomputed", activation_checkpointing=True)
@@ -240,7 +246,7 @@ def test_validation_is_that_of_one_process(root: Path, name: str) -> None:
     one, other = result(root / "one")["metrics"], result(root / name)["metrics"]
     assert set(one) == {HALF, STEPS}
     assert set(other) == ({STEPS} if name in RESUMES else {HALF, STEPS})
-    assert {"val/lines/perplexity", "val/tiles/diffusion_loss", "val/loss"} < set(one[STEPS])
+    assert {"val/lines/perplexity", "val/tiles/diffusion_loss", "val/loss", "val/endings/accuracy"} < set(one[STEPS])
     for step in other:
         assert other[step] == pytest.approx(one[step], rel=1e-5)
 

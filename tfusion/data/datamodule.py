@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from tfusion.data.building import (
     make_tokenizer,
     row_shape,
 )
+from tfusion.data.choices import ChoiceDocument, ChoiceRows, choice_documents, read_choices
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, Split, TextCorpus
 from tfusion.data.mixture import CaptionedDocuments, Mixture
 from tfusion.data.prompts import read_prompts
@@ -34,6 +36,8 @@ from tfusion.data.validation import GIVEN_IMAGE, ValidationRows, caption_documen
 from tfusion.requests import GenerationConfig, Request, parse_request
 from tfusion.sequence import Batch
 from tfusion.tokenizers.text import TextTokenizer
+
+log = logging.getLogger(__name__)
 
 
 class MultimodalDataModule(L.LightningDataModule):
@@ -62,6 +66,7 @@ class MultimodalDataModule(L.LightningDataModule):
         seed: of order, mixture and noise.
         prompts: `prompts.jsonl` for `predict`.
         predict_batch_size: requests decoded together.
+        choices: files of ranked choice to validate on, by name; `tfusion.data.choices` says what is in them.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class MultimodalDataModule(L.LightningDataModule):
         seed: int = 0,
         prompts: str | None = None,
         predict_batch_size: int = 64,
+        choices: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.image_corpora, self.text_corpora = image_corpora or [], text_corpora or []
@@ -100,7 +106,10 @@ class MultimodalDataModule(L.LightningDataModule):
         self.val_rows, self.max_val_images, self.max_val_characters = val_rows, max_val_images, max_val_characters
         self.max_bad_share = max_bad_share
         self.prompts, self.predict_batch_size = prompts, predict_batch_size
+        self.choices = dict(choices or {})
         self._check_arguments()
+        self.questions = {name: read_choices(path) for name, path in self.choices.items()}
+        self._choice_documents: dict[str, list[ChoiceDocument]] = {}
         self.tokenizer: TextTokenizer | None = None
         self.mixture: Mixture | None = None
         self.layout: StepLayout | None = None  # of training
@@ -136,6 +145,8 @@ class MultimodalDataModule(L.LightningDataModule):
         names = [corpus.name for corpus in self.image_corpora + self.text_corpora]
         if len(set(names)) < len(names):
             raise ValueError(f"corpora of the same name in {names}: their metrics could not be told apart")
+        if shared := set(names) & set(self.choices):
+            raise ValueError(f"data.choices has the names {sorted(shared)}, which are corpora's: give others")
         for kind in ("image", "text"):
             weights, number = getattr(self, f"{kind}_weights"), len(getattr(self, f"{kind}_corpora"))
             if weights is not None and (len(weights) != number or not all(0 < weight < math.inf for weight in weights)):
@@ -159,6 +170,14 @@ class MultimodalDataModule(L.LightningDataModule):
             *(corpus.name for corpus in self.text_corpora),
             *(corpus.name + ending for corpus in self.image_corpora for ending in ("", GIVEN_IMAGE)),
         ]
+        for name, questions in self.questions.items():
+            self._choice_documents[name], cut = choice_documents(questions, self.tokenizer, self.seq_len)
+            if cut and self.trainer.global_rank == 0:
+                log.warning(
+                    "data.choices %s: the contexts of %d of %d questions are cut at their beginning to fit "
+                    "data.seq_len %d",
+                    *(name, cut, len(questions), self.seq_len),
+                )
 
     def layout_under(self, trainer: L.Trainer) -> StepLayout:
         """How this trainer divides a step's rows; raises ValueError where it cannot."""
@@ -209,7 +228,7 @@ class MultimodalDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader a view, in the order of `val_views`."""
+        """One loader a view, in the order of `val_views`, then one a file of ranked choice, in that of `questions`."""
         tokenizer, shape = self.tokenizer, self.mixture.shape
         most = self.max_val_characters
         documents = [text_documents(load_split(corpus, "val"), tokenizer, most) for corpus in self.text_corpora]
@@ -217,12 +236,10 @@ class MultimodalDataModule(L.LightningDataModule):
             pictures = self.validation_pictures(corpus)
             for image_first in (False, True):
                 documents.append(caption_documents(pictures, tokenizer, image_first, self.max_val_images))
-        loaders = []
-        for view, view_documents in zip(self.val_views, documents, strict=True):
-            rank, ranks = self.trainer.global_rank, self.trainer.world_size
-            rows = ValidationRows(view, view_documents, shape, self.seed, rank, ranks, self.val_rows)
-            loaders.append(DataLoader(rows, batch_size=self.val_rows, collate_fn=rows.collate))
-        return loaders
+        layout = (shape, self.seed, self.trainer.global_rank, self.trainer.world_size, self.val_rows)
+        views = [ValidationRows(view, some, *layout) for view, some in zip(self.val_views, documents, strict=True)]
+        views += [ChoiceRows(name, iter(some), *layout) for name, some in self._choice_documents.items()]
+        return [DataLoader(rows, batch_size=self.val_rows, collate_fn=rows.collate) for rows in views]
 
     def validation_pictures(self, corpus: ImageCorpus) -> Sequence[CaptionedImage]:
         """The held-out pictures of a corpus, less those whose captions fit no row."""

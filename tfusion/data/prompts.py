@@ -31,7 +31,7 @@ def read_prompts(path: str | os.PathLike[str], defaults: GenerationConfig) -> li
         if not line.strip():
             continue
         try:
-            requests.append(parse_request(_parse_json(line), defaults, path.parent))
+            requests.append(parse_request(parse_json(line), defaults, path.parent))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not requests:
@@ -39,7 +39,8 @@ def read_prompts(path: str | os.PathLike[str], defaults: GenerationConfig) -> li
     return requests
 
 
-def _parse_json(line: bytes) -> object:
+def parse_json(line: bytes) -> object:
+    """What a line of a file holds; raises ValueError that says what is wrong with it."""
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:

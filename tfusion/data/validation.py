@@ -63,9 +63,13 @@ class ValidationRows(Dataset):
         batch_rows: int = 1,
     ) -> None:
         self.view, self.shape, self.seed = view, shape, seed
-        rows = list(pack(documents, shape))
+        rows = list(self.pack(documents))
         padding: list[list[Document]] = [[] for _ in range(-len(rows) % (ranks * batch_rows))]
         self.rows = list(enumerate(rows + padding))[rank::ranks]
+
+    def pack(self, documents: Iterator[Document]) -> Iterator[list[Document]]:
+        """Rows of documents."""
+        return pack(documents, self.shape)
 
     def __len__(self) -> int:
         return len(self.rows)
