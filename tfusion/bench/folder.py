@@ -178,7 +178,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=Path | None, help="prompts.jsonl that the pictures were made from")
     parser.add_argument("--write", type=Path | None, help="file for the reference pictures' features")
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.instantiate_classes(parser.parse_args(args))
+    options = parser.instantiate(parser.parse_args(args))
     try:
         if options.generated is None and (options.reference is None or options.write is None):
             raise ValueError(
