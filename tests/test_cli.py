@@ -201,6 +201,7 @@ def test_validate_and_predict_leave_the_run_as_it_is(copied: Path) -> None:
     read = json.loads((root / "validation.json").read_text())
     assert (read["step"], read["checkpoint"]) == (STEPS, "checkpoints/last.ckpt")
     logged = {name for name in rows(root)[-1] if name.startswith("val/")}
+    logged |= {"val/endings/accuracy", "val/endings/accuracy_unnormalised"}  # asked for by this validate alone
     assert {measurement["name"] for measurement in read["measurements"]} == logged
     assert all(f"\n{name} " in output for name in logged)
     assert "<h2>Curves</h2>" in (root / "report.html").read_text()
@@ -431,7 +432,7 @@ def test_networks_in_yaml_measure_in_fit_and_in_validate_of_its_config(tmp_path:
     files = ["--config", str(write_config(tmp_path)), "--config", "metrics.yaml"]
     code, output = tfusion(tmp_path, "fit", *files)
     assert code == 0, output
-    assert "grey: 5 pictures generated" in output
+    assert "5 pictures made of val/grey" in output
     values = [row["val/grey/fd_pixels"] for row in rows(tmp_path / "run") if row["val/grey/fd_pixels"]]
     assert len(values) == STEPS // 3
     code, output = tfusion(tmp_path, "validate", "--config", "run/config.yaml", "--ckpt_path", "last")

@@ -4,11 +4,11 @@ COCO-30k, text to image (FID, CLIP score). Annotations: COCO 2014's captions_val
 
     python -m tfusion.bench.protocols coco --annotations captions_val2014.json --out coco30k.jsonl
     tfusion predict --config runs/x/config.yaml --ckpt_path last --data.prompts coco30k.jsonl
-    python -m tfusion.bench.folder --help
+    python -m tfusion.bench.folder --generated runs/x/predictions --reference val2014 --image_size 256 \\
+        --prompts coco30k.jsonl --config configs/metrics/fid.yaml --config configs/metrics/clip.yaml
 
 `coco` draws 30,000 of the 40,504 pictures and one caption of each (--number, --seed). `tfusion.bench.folder` then
-measures FID and KID between `runs/x/predictions` and the folder val2014, and the CLIP score with the prompts. The
-paper's FID is of pictures at 256 x 256 with 250 steps and guidance 5; papers differ in whether the real pictures are
+measures FID and KID between the predictions and the folder val2014, and the CLIP score with the prompts. The paper's FID is of pictures at 256 x 256 with 250 steps and guidance 5; papers differ in whether the real pictures are
 the 30,000 or all of val2014, so say which.
 
 COCO captions, image to text (CIDEr-D), on the 5,000 test pictures of Karpathy's split (dataset_coco.json).
