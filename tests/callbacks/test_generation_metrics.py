@@ -18,8 +18,10 @@ from cleanfid.fid import frechet_distance
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from tests.callbacks.test_caption_metrics import drawn
 from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.data.corpora import CaptionedImage
+from tfusion.data.shapes import Shapes
 from tfusion.data.sources import load_split
 from tfusion.metrics import Clip, FeatureNetwork
 from tfusion.requests import Generation, GenerationConfig, Request
@@ -310,13 +312,32 @@ def test_a_network_that_cannot_be_loaded_stops_fit_at_its_start(tmp_path: Path) 
 # Ranks
 
 
+class Draughtsman(Module):
+    """Draws what it is asked where the seed is even, and says of every picture that it is a big red circle."""
+
+    def generate(self, requests: list[Request], numbers: list[int], batch_size: int) -> list[Generation]:
+        self.asked.append((self.global_step, requests, numbers, batch_size))
+        blank = Image.new("RGB", (64, 64), "white")
+        answers = [
+            "a big red circle" if r.generate == "text" else blank if r.seed % 2 else drawn(r.segments[0])
+            for r in requests
+        ]
+        return [Generation(number, 0, (answer,)) for number, answer in zip(numbers, answers, strict=True)]
+
+
 def results(folder: Path, **settings: Any) -> list[Any]:
-    """Metrics and numbers made: more samples than pictures, read again from the file, then less than ranks."""
+    """Metrics and numbers made: more samples than pictures, read again from the file, then less than ranks; scenes."""
     found = []
     for num_images in (8, 8, 2):
         networks = [Stub(), Cosines("-")] if num_images > 2 else [Stub()]
         metrics, module = measured(folder, GenerationMetrics(networks, num_images, batch_size=2), **settings)
         found.append([metrics, module.asked[0][2]])
+    callback, module = GenerationMetrics(num_captions=20, num_scenes=3, batch_size=2), Draughtsman()
+    trainer = trainer_of(folder, callback, **settings)
+    trainer.validate(module, Data(Shapes(32)), verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert len({one.n for one in callback.findings.measurements} - {20, 3}) == 0, "a share of a rank was reported"
+    found.append([metrics, module.asked[1][2]])
     return found
 
 
