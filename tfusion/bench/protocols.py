@@ -8,8 +8,9 @@ COCO-30k, text to image (FID, CLIP score). Annotations: COCO 2014's captions_val
         --prompts coco30k.jsonl --config configs/metrics/fid.yaml --config configs/metrics/clip.yaml
 
 `coco` draws 30,000 of the 40,504 pictures and one caption of each (--number, --seed). `tfusion.bench.folder` then
-measures FID and KID between the predictions and the folder val2014, and the CLIP score with the prompts. The paper's FID is of pictures at 256 x 256 with 250 steps and guidance 5; papers differ in whether the real pictures are
-the 30,000 or all of val2014, so say which.
+measures FID and KID between the predictions and the folder val2014, and the CLIP score with the prompts. The paper's
+FID is of pictures at 256 x 256 with 250 steps and guidance 5; papers differ in whether the real pictures are the
+30,000 or all of val2014, so say which.
 
 COCO captions, image to text (CIDEr-D), on the 5,000 test pictures of Karpathy's split (dataset_coco.json).
 
