@@ -349,6 +349,12 @@ def test_a_file_of_reference_features_stands_for_the_pictures(tmp_path: Path, ow
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_reference_features_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
+    path = reference_file(tmp_path / "kept.safetensors", Stub(), [noise(0, n) for n in range(9)])
+    with pytest.raises(ValueError, match="no network in generation_metrics.networks has features"):
+        GenerationMetrics([Cosines("-")], reference=path)
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [({"image_size": "8"}, "of 8 pixels a side, expected 4"), ({"fd_stub.fingerprint": "x"}, "fingerprint 'x'")],

@@ -83,6 +83,11 @@ class GenerationMetrics(pl.Callback):
             raise ValueError(
                 f"generation_metrics.reference is {reference!r}, which is no file (looked in {Path.cwd()})"
             )
+        if reference is not None and not any(hasattr(network, "features") for network in self.networks):
+            raise ValueError(
+                f"generation_metrics.reference is {reference!r}, but no network in generation_metrics.networks has "
+                "features to compare with it: add the one that it was written with, or leave it out"
+            )
         self.num_images, self.num_captions, self.num_scenes = num_images, num_captions, num_scenes
         self.num_inference_steps, self.every_n_steps, self.batch_size = num_inference_steps, every_n_steps, batch_size
         self.split, self.reference = split, reference
