@@ -218,6 +218,7 @@ def test_another_configuration_is_told_which_keys_differ(shipped, tmp_path, caps
 def test_what_does_not_change_losses_is_no_other_configuration(shipped, tmp_path) -> None:
     settings = {
         "data__num_workers": 3,
+        "data__choices": {"piqa": "piqa.jsonl"},
         "trainer__devices": 2,
         "trainer__precision": "32-true",
         "model__init_args__generation": {"guidance_scale": 5.0},

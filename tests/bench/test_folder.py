@@ -140,3 +140,7 @@ def test_refusals(tmp_path: Path, capsys, config) -> None:
     message = refusal(capsys, "--generated", tmp_path / "made", "--prompts", tmp_path / "prompts.jsonl")
     assert "000001-0-0.png' is not called after one of the 1 requests" in message
     assert "nothing to do" in refusal(capsys, "--reference", tmp_path / "made")
+    assert "nothing to do" in refusal(capsys, "--generated", tmp_path / "made")
+    # features alone cannot say whether a picture fits its prompt
+    message = refusal(capsys, "--generated", tmp_path / "made", "--prompts", tmp_path / "prompts.jsonl", *config)
+    assert "--prompts is given, but none of the networks (FeatureNetwork) can use it" in message

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,6 +23,7 @@ from tfusion.data.scene_prompts import KINDS, scene_prompts
 from tfusion.data.shapes import Placed, Shapes, draw, parse_caption
 from tfusion.data.sources import to_pil
 from tfusion.metrics.captions import caption_tokens
+from tfusion.metrics.measurement import Measurement
 from tfusion.requests import Generation, GenerationConfig, Request
 
 ALONE = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
@@ -32,6 +36,9 @@ class Answers(pl.LightningModule):
         super().__init__()
         self.answer, self.asked = answer, []
         self.generation = GenerationConfig(temperature=0.7)
+
+    def check_requests(self, requests: list[Request]) -> None:
+        pass
 
     def generate(self, requests: list[Request], numbers: list[int], batch_size: int) -> list[Generation]:
         self.asked += requests
@@ -132,6 +139,41 @@ def test_a_scene_said_the_other_way_round_is_right_and_what_cannot_be_parsed_is_
     assert by_name["caption_accuracy"].value == pytest.approx(2 / 3)
     assert by_name["caption_accuracy"].n == 3  # the one that cannot be parsed is counted
     assert by_name["caption_exact"].value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_ranks_change_nothing(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks as threads that meet where lists are gathered; five are more than there are pictures."""
+    said = ["two dogs run", "a car on a road", "a person"]
+
+    def answer(request: Request) -> str | Image.Image:
+        if request.generate == "text":
+            return said[np.asarray(request.segments[0])[0, 0, 0]]
+        return drawn(request.segments[0] if request.seed % 3 else "a small red cross")
+
+    def measure(rank: int, of: int) -> list[Measurement]:
+        trainer = SimpleNamespace(global_rank=rank, world_size=of)
+        found = measure_captions(trainer, Answers(answer), "val/x", PICTURES, 3, 2, scenes=False)[0]
+        return found + measure_scenes(trainer, Answers(answer), "val/x", 5, 4, GenerationConfig())[0]
+
+    expected = measure(0, 1)
+    meeting, place, shared = threading.Barrier(ranks, timeout=60), threading.local(), {}
+
+    def gather(items: list) -> list:
+        shared[place.rank] = items
+        meeting.wait()
+        everything = [item for rank in range(ranks) for item in shared[rank]]
+        meeting.wait()
+        return everything
+
+    def of_rank(rank: int) -> list[Measurement]:
+        place.rank = rank
+        return measure(rank, ranks)
+
+    monkeypatch.setattr("tfusion.callbacks.caption_metrics.gather_lists", gather)
+    with ThreadPoolExecutor(ranks) as threads:
+        assert list(threads.map(of_rank, range(ranks))) == [expected] * ranks
+    assert len({one.value for one in expected}) > 3  # none of them is all or nothing
 
 
 def test_scenes_without_shapes_are_refused(tmp_path: Path) -> None:

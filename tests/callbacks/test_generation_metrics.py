@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,10 +21,12 @@ from torch.utils.data import DataLoader
 
 from tests.callbacks.test_caption_metrics import drawn
 from tfusion.callbacks.generation_metrics import GenerationMetrics
+from tfusion.callbacks.sharing import make
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.shapes import Shapes
 from tfusion.data.sources import load_split
 from tfusion.metrics import Clip, FeatureNetwork
+from tfusion.metrics.distances import write_features
 from tfusion.requests import Generation, GenerationConfig, Request
 
 RANKS = 3
@@ -80,6 +83,11 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
+
+    def check_requests(self, requests: list[Request]) -> None:
+        for request in requests:
+            if "too long" in request.segments[0]:
+                raise ValueError("too long")
 
     def generate(self, requests: list[Request], numbers: list[int], batch_size: int) -> list[Generation]:
         assert not torch.is_grad_enabled()
@@ -307,6 +315,68 @@ def test_a_network_that_cannot_be_loaded_stops_fit_at_its_start(tmp_path: Path) 
     network = FeatureNetwork(torch.nn.Flatten(), "pixels", 1, weights=str(tmp_path / "none.pt"))
     with pytest.raises(ValueError, match="none.pt', which is no file"):
         trainer_of(tmp_path, GenerationMetrics([network]), max_steps=2).fit(module, Data(Corpus()))
+
+
+def test_what_generates_nothing_is_refused(tmp_path: Path) -> None:
+    class Other(pl.LightningModule):
+        validation_step = Module.validation_step
+
+    with pytest.raises(ValueError, match="Other generates nothing: leave networks"):
+        trainer_of(tmp_path, GenerationMetrics([Stub()])).validate(Other(), Data(Corpus()), verbose=False)
+
+
+def test_more_evaluations_than_timesteps_stop_fit_at_its_start(tmp_path, tiny_module, tiny_data, tiny_trainer) -> None:
+    network = FeatureNetwork(torch.nn.Flatten(), "pixels", image_size=1)
+    callback = GenerationMetrics([network], num_inference_steps=100_000)
+    module = tiny_module()
+    module.training_step = lambda *batch: pytest.fail("training has begun")
+    with pytest.raises(ValueError, match="generation_metrics would ask .* num_steps=100000; expected 1 ... 1000"):
+        tiny_trainer(2, callbacks=[callback]).fit(module, tiny_data())
+
+
+def reference_file(path: Path, network: Stub, pictures: Sequence[torch.Tensor], **metadata: str) -> str:
+    """What `tfusion.bench.folder --write` writes."""
+    network.load(torch.device("cpu"))
+    kinds = {"fd_stub.fingerprint": network.fingerprint, "image_size": "4"} | metadata
+    write_features(path, {"fd_stub": network.features(torch.stack(list(pictures)))}, kinds)
+    return str(path)
+
+
+def test_a_file_of_reference_features_stands_for_the_pictures(tmp_path: Path, own_cache: Path) -> None:
+    pictures = [noise(0, n) for n in range(PICTURES)]
+    path = reference_file(tmp_path / "kept.safetensors", Stub(), pictures)
+    others = Corpus([noise(5, n) for n in range(PICTURES)])
+    found, _ = measured(tmp_path, GenerationMetrics([Stub()], num_images=9, reference=path), others)
+    expected, _ = measured(tmp_path, GenerationMetrics([Stub()], num_images=9), Corpus(pictures))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_reference_features_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
+    path = reference_file(tmp_path / "kept.safetensors", Stub(), [noise(0, n) for n in range(9)])
+    with pytest.raises(ValueError, match="no network in generation_metrics.networks has features"):
+        GenerationMetrics([Cosines("-")], reference=path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [({"image_size": "8"}, "of 8 pixels a side, expected 4"), ({"fd_stub.fingerprint": "x"}, "fingerprint 'x'")],
+)
+def test_reference_features_of_another_kind_stop_fit_at_its_start(tmp_path: Path, metadata, message) -> None:
+    path = reference_file(tmp_path / "kept.safetensors", Stub(), [noise(0, n) for n in range(9)], **metadata)
+    module = Module()
+    module.training_step = lambda batch: pytest.fail("training has begun")
+    trainer = trainer_of(tmp_path, GenerationMetrics([Stub()], reference=path), max_steps=2, num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, Data(Corpus()))
+
+
+def test_a_rank_refuses_what_another_could_not_make() -> None:
+    """All requests are checked on every rank: none waits at a collective for one that has stopped."""
+    module = Module()
+    requests = [Request((text,), "image") for text in ("short", "too long")]
+    with pytest.raises(ValueError, match="too long"):
+        make(SimpleNamespace(global_rank=0, world_size=2), module, requests, 4)
+    assert module.asked == []
 
 
 # Ranks

@@ -106,6 +106,19 @@ def test_image_documents_longer_than_a_row_are_refused_at_the_start(tiny_data, t
     attached(tiny_data(image_corpora=[fits], caption_drop=0.0), tiny_module())
 
 
+def test_pictures_measured_have_captions_that_fit_in_every_split(tiny_data, tiny_module, attached) -> None:
+    """A longer one would be refused as a prompt, at the first measurement."""
+
+    class Stored(list):
+        def drop_long_captions(self, most: int, count_tokens):
+            kept = [p for p in self if count_tokens(list(p.captions))[0] <= most]
+            return Stored(kept), []
+
+    data = attached(tiny_data(image_corpora=[corpus("own", Stored(captioned("a", "b" * 60, "c")), 8)]), tiny_module())
+    for split in ("train", "val"):
+        assert [p.captions[0] for p in data.measured_pictures(data.image_corpora[0], split)] == ["a", "c"]
+
+
 def test_slots_that_cannot_hold_the_share_are_refused(tiny_data, tiny_module, attached) -> None:
     with pytest.raises(
         ValueError, match=r"max_images_per_row 1 fills about \d+% of a row, data.image_share asks for 90%"

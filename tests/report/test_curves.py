@@ -58,6 +58,16 @@ def test_charts_of_a_run(tmp_path: Path) -> None:
     assert charts[1].y_label == "nats per token"
 
 
+def test_what_is_measured_on_the_training_pictures_is_shown_beside_the_held_out_ones() -> None:
+    names = ["train/loss", "train/lr", "val/loss", "val/a/fd_x", "train/a/fd_x", "val/b/given_image/perplexity"]
+    charts = training_charts({name: (np.array([1, 2]), np.array([0.1, 0.2])) for name in names})
+    assert {chart.title: [line.name for line in chart.lines] for chart in charts} == {
+        "loss": ["train", "val"],
+        "fd x": ["a", "a (train)"],
+        "perplexity": ["b/given_image"],
+    }
+
+
 def test_a_long_curve_is_of_means_that_keep_its_integral() -> None:
     steps, values = np.arange(1, 1001), np.random.default_rng(0).normal(size=1000)
     [chart] = training_charts({"train/loss": (steps, values)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,26 @@ def test_accumulation_is_refused(tiny_trainer, data) -> None:
     module = ReferenceEncoderModule(ReferenceEncoder(**SIZES, max_seq_len=64))
     with pytest.raises(ValueError, match="accumulate_grad_batches 2; the reference encoder contrasts all pairs"):
         tiny_trainer(2, accumulate_grad_batches=2).fit(module, data())
+
+
+def test_several_processes_and_data_that_it_cannot_read_are_refused_in_validate_too(tiny_trainer, data) -> None:
+    """Each rank would rank its own share of the held-out pairs only, and say so nowhere."""
+    module = ReferenceEncoderModule(ReferenceEncoder(**SIZES, max_seq_len=64))
+    for world_size, settings, message in [
+        (2, {}, "got 2 processes"),
+        (1, {"caption_first": 0.8}, "caption_first 0.8 and data.caption_drop 0.0"),
+        (1, {"caption_drop": 0.1}, "caption_first 1.0 and data.caption_drop 0.1"),
+    ]:
+        module._trainer = SimpleNamespace(datamodule=data(**settings), world_size=world_size, accumulate_grad_batches=1)
+        with pytest.raises(ValueError, match=message):
+            module.setup("validate")
+
+
+def test_questions_and_text_are_refused(tmp_path: Path, tiny_trainer, data) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}')
+    module = ReferenceEncoderModule(ReferenceEncoder(**SIZES, max_seq_len=64))
+    with pytest.raises(ValueError, match="leave out text_corpora and choices"):
+        tiny_trainer(2).validate(module, data(choices={"own": str(tmp_path / "questions.jsonl")}))
 
 
 def test_a_side_that_the_tower_does_not_divide_is_refused() -> None:

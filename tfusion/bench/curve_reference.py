@@ -35,6 +35,7 @@ IGNORED = (
     "data.num_workers",
     "data.val_rows",
     "data.prompts",
+    "data.choices",
     "data.predict_batch_size",
     "data.max_bad_share",
 )

@@ -114,9 +114,16 @@ def score(
 ) -> list[Measurement]:
     """What the command line asks for; see the module."""
     networks = metrics.networks or [Reference()]
+    with_features = [network for network in networks if hasattr(network, "features")]
+    scoring = [network for network in networks if hasattr(network, "cosines")]
+    for given, able, option in ((reference, with_features, "--reference"), (prompts, scoring, "--prompts")):
+        if given is not None and not able:
+            raise ValueError(
+                f"{option} is given, but none of the networks ({', '.join(type(n).__name__ for n in networks)}) "
+                "can use it: leave it out, or add a --config of configs/metrics with another network"
+            )
     for network in networks:
         network.load(device)
-    with_features = [network for network in networks if hasattr(network, "features")]
     made = picture_paths(generated) if generated is not None else []
     if image_size is None:
         if not made:
@@ -128,6 +135,9 @@ def score(
             )
         (image_size,) = sizes
 
+    texts: dict[Path, str] = {}
+    if prompts is not None:  # before anything is computed: names may be wrong
+        texts = dict(zip(made, prompt_texts(made, prompts), strict=True))
     found: list[Measurement] = []
     references: dict[str, Tensor] = {}
     if reference is not None and reference.is_file():
@@ -153,9 +163,7 @@ def score(
         found.append(
             Measurement(kernel_name(network.name), result.kernel, result.generated, label, result.kernel_error)
         )
-    scoring = [network for network in networks if hasattr(network, "cosines")]
-    if prompts is not None and scoring:
-        texts = dict(zip(made, prompt_texts(made, prompts), strict=True))
+    if prompts is not None:
         scores = {network.score_name: ClipScore() for network in scoring}
         for some, pixels in batches(made, image_size, "with prompts"):
             for network in scoring:
@@ -180,7 +188,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.instantiate(parser.parse_args(args))
     try:
-        if options.generated is None and (options.reference is None or options.write is None):
+        nothing = options.generated is None and options.write is None
+        if nothing or (options.reference is None and options.prompts is None):
             raise ValueError(
                 "nothing to do: give --generated, with --reference or --prompts, or --reference with --write"
             )

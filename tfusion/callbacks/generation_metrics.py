@@ -16,9 +16,10 @@ from tfusion.callbacks.caption_metrics import measure_captions, measure_scenes
 from tfusion.callbacks.picture_metrics import PictureMetrics
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, Split
 from tfusion.data.shapes import Shapes
+from tfusion.data.sources import captions_of
 from tfusion.metrics import ImageFeatures, PairScore
 from tfusion.metrics.measurement import Findings
-from tfusion.requests import GenerationConfig
+from tfusion.requests import GenerationConfig, Request
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,11 @@ class GenerationMetrics(pl.Callback):
             raise ValueError(
                 f"generation_metrics.reference is {reference!r}, which is no file (looked in {Path.cwd()})"
             )
+        if reference is not None and not any(hasattr(network, "features") for network in self.networks):
+            raise ValueError(
+                f"generation_metrics.reference is {reference!r}, but no network in generation_metrics.networks has "
+                "features to compare with it: add the one that it was written with, or leave it out"
+            )
         self.num_images, self.num_captions, self.num_scenes = num_images, num_captions, num_scenes
         self.num_inference_steps, self.every_n_steps, self.batch_size = num_inference_steps, every_n_steps, batch_size
         self.split, self.reference = split, reference
@@ -103,6 +109,11 @@ class GenerationMetrics(pl.Callback):
                 "generation_metrics are asked for, but there are no captions to make pictures from; "
                 "add data.image_corpora, or leave networks, num_captions and num_scenes out"
             )
+        if not hasattr(pl_module, "generate"):
+            raise ValueError(
+                f"generation_metrics are asked for, but {type(pl_module).__name__} generates nothing: "
+                "leave networks, num_captions and num_scenes out"
+            )
         corpora = trainer.datamodule.image_corpora  # type: ignore[attr-defined]
         if self.num_scenes and not any(isinstance(corpus, Shapes) for corpus in corpora):
             raise ValueError(
@@ -112,7 +123,19 @@ class GenerationMetrics(pl.Callback):
         for network in self.networks:
             network.load(trainer.strategy.root_device)
         for corpus in corpora:
-            self._check_numbers(trainer.is_global_zero, corpus.name, len(self._split_of(trainer, corpus)))
+            pictures = self._split_of(trainer, corpus)
+            self._check_numbers(trainer.is_global_zero, corpus.name, len(pictures))
+            # what could not be asked for or compared is refused now, by every rank
+            first = Request((captions_of(pictures, 0)[0],), "image", config=self._config(pl_module))
+            try:
+                pl_module.check_requests([first])
+            except ValueError as error:
+                raise ValueError(f"generation_metrics would ask for a picture that cannot be made: {error}") from error
+            self._pictures.check_reference(pictures)
+
+    def _config(self, pl_module: pl.LightningModule) -> GenerationConfig:
+        steps = self.num_inference_steps or pl_module.generation.num_inference_steps
+        return replace(pl_module.generation, num_inference_steps=steps)
 
     def _split_of(self, trainer: pl.Trainer, corpus: ImageCorpus) -> Sequence[CaptionedImage]:
         return trainer.datamodule.measured_pictures(corpus, self.split)  # type: ignore[attr-defined]
@@ -150,8 +173,7 @@ class GenerationMetrics(pl.Callback):
                 return
             self._last_step = trainer.global_step
         self.findings = Findings()
-        steps = self.num_inference_steps or pl_module.generation.num_inference_steps
-        config = replace(pl_module.generation, num_inference_steps=steps)
+        config = self._config(pl_module)
         for corpus in trainer.datamodule.image_corpora:  # type: ignore[attr-defined]
             self._measure(trainer, pl_module, corpus, config)
         metrics = {found.name: found.value for found in self.findings.measurements}

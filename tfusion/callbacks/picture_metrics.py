@@ -37,6 +37,16 @@ class PictureMetrics:
         self.networks, self.batch_size, self.reference = networks, batch_size, reference
         self._distances: dict[tuple[str, str], ImageDistances] = {}  # by prefix and network, with their references
 
+    def check_reference(self, pictures: Sequence[CaptionedImage]) -> None:
+        """Raise ValueError where the file of reference features is of another network, or of another size."""
+        for network in self.networks:
+            if self.reference is not None and hasattr(network, "features"):
+                self._read_reference(network, pictures)
+
+    def _read_reference(self, network: ImageFeatures, pictures: Sequence[CaptionedImage]) -> Tensor:
+        side = pictures[0].image.shape[-1]
+        return read_reference_file(Path(self.reference), network.name, network.fingerprint, side)
+
     def measure(
         self,
         trainer: pl.Trainer,
@@ -115,8 +125,7 @@ class PictureMetrics:
         kept: Tensor | None = None
         if trainer.is_global_zero:
             if self.reference is not None:
-                side = read(0).shape[-1]
-                kept = read_reference_file(Path(self.reference), network.name, network.fingerprint, side)
+                kept = self._read_reference(network, pictures)
             else:
                 path = cached_path(network.fingerprint, pictures)
                 kept = read_cached(path, network.features(read(0)[None].to(device)))

@@ -20,7 +20,11 @@ def make(
     """This rank's share: numbers and generations of requests r, r + W, ...; every rank has to call it.
 
     (Under FSDP2 gathering the weights is a collective, so a rank without a request takes part.)
+
+    Raises:
+        ValueError: a request that cannot be met, whichever rank has it: on all, so that none waits for another.
     """
+    module.check_requests(requests)
     numbers = list(range(trainer.global_rank, len(requests), trainer.world_size))
     made = module.generate([requests[i] for i in numbers], numbers, batch_size=batch_size)
     return list(zip(numbers, made, strict=True))

@@ -114,7 +114,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self.mixture: Mixture | None = None
         self.layout: StepLayout | None = None  # of training
         self.bad_records = BadRecords(max_bad_share)
-        self._val_pictures: dict[str, Concatenated] = {}
+        self._measured_pictures: dict[tuple[str, Split], Concatenated] = {}
         self.val_views: list[str] = []
         self.step, self.positions = 0, {}  # of the data: committed when a whole step has been consumed
 
@@ -199,7 +199,7 @@ class MultimodalDataModule(L.LightningDataModule):
     def prepare_mixture(self, module: Sizes) -> None:
         """Load the training data and check it against a model, before any time is spent."""
         corpora = self.image_corpora + self.text_corpora
-        self._val_pictures = {}
+        self._measured_pictures = {}
         self.bad_records = count_bad_records(corpora, self.max_bad_share)
         texts = load_texts(self.text_corpora)
         pictures = Concatenated([load_split(corpus, "train") for corpus in self.image_corpora])
@@ -243,17 +243,17 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def validation_pictures(self, corpus: ImageCorpus) -> Sequence[CaptionedImage]:
         """The held-out pictures of a corpus, less those whose captions fit no row."""
-        if corpus.name not in self._val_pictures:
-            pictures = Concatenated([load_split(corpus, "val")])
-            allowed = BadRecords(max_share=1.0)  # those of training are limited
-            self._val_pictures[corpus.name] = drop_long_captions(pictures, self.tokenizer, self.mixture.shape, allowed)
-        return self._val_pictures[corpus.name]
+        return self.measured_pictures(corpus, "val")
 
     def measured_pictures(self, corpus: ImageCorpus, split: Split) -> Sequence[CaptionedImage]:
-        """The pictures of a corpus that generated ones are measured against."""
-        if split == "val":
-            return self.validation_pictures(corpus)
-        return load_split(corpus, split)
+        """The pictures of a split that generated ones are measured against, less those whose captions fit no row."""
+        if (corpus.name, split) not in self._measured_pictures:
+            pictures = Concatenated([load_split(corpus, split)])
+            allowed = BadRecords(max_share=1.0)  # those of training are limited
+            self._measured_pictures[corpus.name, split] = drop_long_captions(
+                pictures, self.tokenizer, self.mixture.shape, allowed
+            )
+        return self._measured_pictures[corpus.name, split]
 
     def predict_dataloader(self) -> DataLoader:
         """Lists of (number, request); rank r has requests r, r + W, ..., and at least one list, if an empty one.

@@ -28,7 +28,7 @@ class Reference:
     """The package's own dual encoder, of drawings and generated scenes: scores compare only within this package.
 
     Features are its vectors of pictures before they are normalised, 128 numbers, so that 129 pictures are enough for a
-    Frechet distance. Captions longer than it reads (45 tokens) are cut.
+    Frechet distance. Captions longer than it reads (46 tokens) are cut.
 
     Args:
         weights: a file that `python -m tfusion.bench.reference_encoder --out` wrote; None = the one in the package.

@@ -74,7 +74,7 @@ def _number(cell: str) -> float | None:
 
 
 def training_charts(curves: Curves) -> list[Chart]:
-    """The loss and its two parts in training and validation, then every other validation metric by corpus."""
+    """The loss and its two parts in training and validation, then every other metric by corpus, of any split."""
     charts = []
     for metric in ("loss", "text_loss", "diffusion_loss"):
         lines = [_line("train", curves, f"train/{metric}"), _line("val", curves, f"val/{metric}", marks=True)]
@@ -83,8 +83,9 @@ def training_charts(curves: Curves) -> list[Chart]:
     for name, (steps, _) in curves.items():
         split, _, rest = name.partition("/")
         corpus, _, metric = rest.rpartition("/")
-        if split == "val" and len(steps) > 1 and not TIMESTEPS.match(name) and f"train/{rest}" not in curves:
-            line = _line(corpus, curves, name, marks=True)
+        known = corpus or (split == "val" and f"train/{rest}" not in curves)  # what remembers is measured on `train`
+        if known and len(steps) > 1 and not TIMESTEPS.match(name):
+            line = _line(corpus if split == "val" else f"{corpus} ({split})", curves, name, marks=True)
             if line is not None:
                 metrics.setdefault(metric, []).append(line)
     if len(metrics.get("diffusion_loss", [])) == 1:

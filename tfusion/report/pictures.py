@@ -54,7 +54,7 @@ def extremes(examples: Sequence[Example]) -> str:
         title = f"{escape(corpus)}: {what}, by {escape(score_name or 'score')}"
         parts.append(f"<h3>{title}</h3>")
         for name, few in (("Best", some[: -count - 1 : -1]), ("Worst", some[:count])):
-            parts.append(f"<h4>{name} {count} of {len(some)}</h4>{_grid(few, count, scored=True)}")
+            parts.append(f"<h4>{name} {count}</h4>{_grid(few, count, scored=True)}")
     return "\n".join(parts)
 
 
@@ -67,14 +67,17 @@ def _by_corpus(examples: Sequence[Example], kind: str, draw: Callable[[list[Exam
 
 
 def _grid(examples: Sequence[Example], total: int, scored: bool = False) -> str:
-    """Pictures with their texts, in as many columns as fit, and a line that says of how many they are the first."""
+    """Pictures with their texts, in as many columns as fit, and a line where they are the first of `total` only.
+
+    How many were made is in the table: of many, only some are kept as examples.
+    """
     if not examples:
         return ""
     natural = max(max(example.picture.size) for example in examples)
     side = natural * max(1, round(SIDE_PX / natural)) if natural <= LARGEST_PNG_PX else LARGE_SIDE_PX
     kind = examples[0].kind
     figures = "\n".join(_figure(example, scored) for example in examples)
-    some = f"<p>The first {len(examples)} of {total}.</p>" if len(examples) < total else ""
+    some = f"<p>The first {len(examples)}.</p>" if len(examples) < total else ""
     pixels = " pixels" if natural < side else ""
     return f'{some}<div class="grid {kind}{pixels}" style="--side: {side}px">\n{figures}\n</div>'
 

@@ -56,9 +56,19 @@ class ReferenceEncoderModule(TrainedModule):
         """What shapes do not show."""
         return {"text_heads": self.model.transformer.num_heads, "image_size": self.model.image_size}
 
-    def on_train_start(self) -> None:
-        """Every picture is contrasted with every caption of its step, so that one micro-batch holds them all."""
-        super().on_train_start()
+    def setup(self, stage: str) -> None:
+        """Refuse data without a picture and a whole caption in each document, and a step in several parts."""
+        data = self.trainer.datamodule
+        if data.text_corpora or data.choices:
+            raise ValueError(
+                "the reference encoder reads captions of pictures alone: leave out text_corpora and choices"
+            )
+        if data.caption_first < 1 or data.caption_drop > 0:
+            raise ValueError(
+                f"got data.caption_first {data.caption_first} and data.caption_drop {data.caption_drop}; the reference "
+                "encoder reads a caption before its picture: expected 1 and 0"
+            )
+        # every picture is contrasted with every caption of its step, or of the held-out ones: one process has them all
         accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if (accumulate, ranks) != (1, 1):
             raise ValueError(
