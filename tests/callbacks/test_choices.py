@@ -110,7 +110,8 @@ def test_accuracies_of_a_validation(files, tiny_module, tiny_data, tiny_trainer)
         assert metrics[accuracy.name] == accuracy.value == right / n
         assert metrics[f"{accuracy.name}_unnormalised"] == unnormalised / n
         assert accuracy.n == n
-        assert accuracy.standard_error == pytest.approx(math.sqrt(right / n * (1 - right / n) / n))
+        p = (right + 1) / (n + 2)
+        assert accuracy.standard_error == pytest.approx(math.sqrt(p * (1 - p) / n))
     assert metrics["val/words/accuracy"] != metrics["val/words/accuracy_unnormalised"], "else nothing is seen"
 
 

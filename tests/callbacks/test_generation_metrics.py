@@ -86,7 +86,7 @@ class Module(pl.LightningModule):
 
     def check_requests(self, requests: list[Request]) -> None:
         for request in requests:
-            if "too long" in request.segments[0]:
+            if "too long" in str(request.segments[0]):
                 raise ValueError("too long")
 
     def generate(self, requests: list[Request], numbers: list[int], batch_size: int) -> list[Generation]:
@@ -127,6 +127,14 @@ class Cosines(Clip):
         made = {noise(1, n).numpy().tobytes(): f"caption {n % PICTURES}" for n in range(20)}
         same = [made.get(i.numpy().tobytes()) == c for i, c in zip(images, captions, strict=True)]
         return torch.tensor(same).float() * 2 - 1
+
+
+class Ranked(Cosines):
+    """Picture n scores n."""
+
+    def cosines(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        number = {noise(1, n).numpy().tobytes(): n for n in range(70)}
+        return torch.tensor([number[image.numpy().tobytes()] / 100 for image in images])
 
 
 def trainer_of(folder: Path, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
@@ -183,6 +191,21 @@ def test_requests_are_fixed_by_the_sample(tmp_path: Path) -> None:
     assert batch_size == 4
     captions = [f"caption {n}" for n in (0, 1, 2, 3, 4, 5, 6, 0, 1)]
     assert requests == [Request((c,), "image", seed=n, config=module.generation) for n, c in enumerate(captions)]
+
+
+def test_rounds_change_nothing_but_that_pictures_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 pictures at once, and in rounds of 9: the same requests and numbers; kept are the first and the extremes."""
+    found = []
+    for pictures in (1000, 9):
+        monkeypatch.setattr("tfusion.callbacks.picture_metrics.ROUND", pictures)
+        callback = GenerationMetrics([Stub(), Ranked("-")], num_images=70, batch_size=4)
+        metrics, module = measured(tmp_path, callback)
+        asked = [(n, r) for _, requests, numbers, _ in module.asked for n, r in zip(numbers, requests, strict=True)]
+        found.append((metrics, asked, [(e.text, e.score) for e in callback.findings.examples]))
+        assert len(module.asked) == -(-70 // pictures)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    assert found[0][1:] == found[1][1:]
+    assert [score for _, score in found[0][2]] == pytest.approx([*range(32), *range(32, 40), *range(62, 70)])
 
 
 @pytest.mark.parametrize(("num_images", "num_pictures"), [(3, 7), (7, 3), (4, 4)])
@@ -377,6 +400,16 @@ def test_a_rank_refuses_what_another_could_not_make() -> None:
     with pytest.raises(ValueError, match="too long"):
         make(SimpleNamespace(global_rank=0, world_size=2), module, requests, 4)
     assert module.asked == []
+
+
+def test_one_reference_for_several_corpora_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "reference.safetensors").write_bytes(b"")
+    callback, data = (
+        GenerationMetrics([Stub()], reference=str(tmp_path / "reference.safetensors")),
+        Data(Corpus(), Corpus()),
+    )
+    with pytest.raises(ValueError, match=r"one file, for the corpora \['noise', 'noise'\]; expected one corpus"):
+        trainer_of(tmp_path, callback).validate(Module(), data, verbose=False)
 
 
 # Ranks

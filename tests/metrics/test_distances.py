@@ -14,6 +14,7 @@ from tfusion.data.corpora import CaptionedImage
 from tfusion.metrics import ImageDistances, distances
 from tfusion.metrics.distances import cached_path, keep, read_cached, read_reference_file, write_features
 from tfusion.metrics.kernel import kernel_distance
+from tfusion.metrics.measurement import share
 
 
 def features(count: int, size: int, seed: int, spread: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -125,6 +126,13 @@ def test_a_reference_of_another_network_or_resolution_is_refused(tmp_path: Path)
             read_reference_file(path, *arguments)
     with pytest.raises(ValueError, match="cannot be read"):
         read_reference_file(tmp_path / "none.safetensors", "fid", "abc", 32)
+
+
+def test_a_share_of_none_or_all_has_an_error_too() -> None:
+    none, half = share("x", 0, 40), share("x", 20, 40)
+    assert (none.value, half.value) == (0.0, 0.5)
+    assert half.standard_error == pytest.approx((0.25 / 40) ** 0.5)
+    assert 0 < none.standard_error < half.standard_error
 
 
 def test_names() -> None:

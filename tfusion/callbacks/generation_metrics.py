@@ -120,6 +120,11 @@ class GenerationMetrics(pl.Callback):
                 "generation_metrics.num_scenes is set, but no corpus is tfusion.data.Shapes, whose scenes alone can be "
                 "read from pixels: leave it out"
             )
+        if self.reference is not None and len(corpora) > 1:
+            raise ValueError(
+                f"got generation_metrics.reference, one file, for the corpora {[corpus.name for corpus in corpora]}; "
+                "expected one corpus, or no reference: each is compared with its own pictures then"
+            )
         for network in self.networks:
             network.load(trainer.strategy.root_device)
         for corpus in corpora:
@@ -211,4 +216,4 @@ class GenerationMetrics(pl.Callback):
     def _timed(self, what: str) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self.findings.seconds[what] = time.monotonic() - start
+        self.findings.seconds[what] = self.findings.seconds.get(what, 0.0) + time.monotonic() - start

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
 
 from tfusion.callbacks.sharing import make, picture_of, pixels_of
@@ -21,7 +23,8 @@ from tfusion.metrics.networks import label_of
 from tfusion.requests import GenerationConfig, Request
 from tfusion.training.parallel import gather_lists
 
-SHOWN, EXTREMES = 32, 8  # examples kept: the first, and the worst and best by score
+SHOWN, EXTREMES = 32, 8  # examples kept: the first, and of the others the worst and best by score
+ROUND = 1024  # pictures a rank holds at a time
 
 
 class PictureMetrics:
@@ -57,58 +60,71 @@ class PictureMetrics:
         config: GenerationConfig,
         seconds: Callable[[str], Any],
     ) -> tuple[list[Measurement], list[Example]]:
-        """Make `number` pictures, measure them; sample i has the first caption of picture i (mod their number)."""
-        captions = [captions_of(pictures, i % len(pictures))[0] for i in range(number)]
-        requests = [Request((caption,), "image", seed=i, config=config) for i, caption in enumerate(captions)]
-        with seconds(f"{number} pictures made of {prefix}"):
-            made = make(trainer, module, requests, self.batch_size)
-        images = [picture_of(generation) for _, generation in made]
-        own = [captions[i] for i, _ in made]
-        found: list[Measurement] = []
-        scores: tuple[str, list[float]] | None = None
-        for network in self.networks:
-            label = label_of(network)
-            if hasattr(network, "features"):
-                with seconds(f"{network.name} of {number} pictures of {prefix}"):
-                    found += self._distance(trainer, module.device, network, prefix, pictures, images, label)
-            if hasattr(network, "cosines"):
-                with seconds(f"{network.score_name} of {number} pictures of {prefix}"):
-                    score = ClipScore().to(module.device)
-                    each: list[float] = []
-                    for first in range(0, len(images), self.batch_size):
-                        some = slice(first, first + self.batch_size)
-                        pixels = torch.stack([pixels_of(image) for image in images[some]]).to(module.device)
-                        cosines = network.cosines(pixels, own[some])
-                        score.update(cosines)
-                        each += pair_scores(cosines).tolist()
-                    value, error = score.compute()
-                found.append(Measurement(f"{prefix}/{network.score_name}", value, number, label, error))
-                scores = scores or (network.score_name, each)
-        return found, _examples(prefix.split("/", 1)[1], images, own, scores)
+        """Make `number` pictures, measure them; sample i has the first caption of picture i (mod their number).
 
-    def _distance(
-        self,
-        trainer: pl.Trainer,
-        device: torch.device,
-        network: ImageFeatures,
-        prefix: str,
-        pictures: Sequence[CaptionedImage],
-        images: list[Any],
-        label: str,
-    ) -> list[Measurement]:
-        if (prefix, network.name) not in self._distances:
-            self._distances[prefix, network.name] = self._referred(trainer, device, network, pictures)
-        distance = self._distances[prefix, network.name]
-        distance.reset()
-        for features in self._features(network, device, lambda i: pixels_of(images[i]), range(len(images))):
-            distance.update(features, real=False)
-        found = distance.compute()
-        biased = min(found.generated, found.reference) <= network.num_features
-        name, kernel = network.name + ("_biased" if biased else ""), kernel_name(network.name)
-        return [
-            Measurement(f"{prefix}/{name}", found.frechet, found.generated, label),
-            Measurement(f"{prefix}/{kernel}", found.kernel, found.generated, label, found.kernel_error),
-        ]
+        Pictures are made and measured in rounds, and then forgotten but for examples.
+        """
+        distances = self._distances_of(trainer, module.device, prefix, pictures)
+        scores = [(network, ClipScore().to(module.device)) for network in self.networks if hasattr(network, "cosines")]
+        corpus, examples = prefix.split("/", 1)[1], list[Example]()
+        for first in range(0, number, ROUND * trainer.world_size):
+            some = range(first, min(first + ROUND * trainer.world_size, number))
+            captions = [captions_of(pictures, i % len(pictures))[0] for i in some]
+            requests = [
+                Request((caption,), "image", seed=i, config=config) for i, caption in zip(some, captions, strict=True)
+            ]
+            with seconds(f"{number} pictures made of {prefix}"):
+                made = make(trainer, module, requests, self.batch_size, first)
+            images, own = [picture_of(generation) for _, generation in made], [captions[i - first] for i, _ in made]
+            for network, distance in distances:
+                with seconds(f"{network.name} of {number} pictures of {prefix}"):
+                    read = partial(_pixels_at, images)
+                    for features in self._features(network, module.device, read, range(len(images))):
+                        distance.update(features, real=False)
+            name, each = "", [None] * len(images)
+            for network, score in scores:
+                with seconds(f"{network.score_name} of {number} pictures of {prefix}"):
+                    cosines = self._cosines(network, module.device, images, own)
+                    score.update(cosines)
+                    if not name:
+                        name, each = network.score_name, pair_scores(cosines).tolist()
+            new = zip(images, own, each, strict=True)
+            examples += [Example(corpus, "picture", image, text, "", value, name) for image, text, value in new]
+            examples = _chosen(examples)
+
+        found = []
+        for network, distance in distances:
+            with seconds(f"{network.name} of {number} pictures of {prefix}"):
+                found += _of_distance(prefix, network, distance)
+        for network, score in scores:
+            value, error = score.compute()
+            found.append(Measurement(f"{prefix}/{network.score_name}", value, number, label_of(network), error))
+        return found, examples
+
+    def _distances_of(
+        self, trainer: pl.Trainer, device: torch.device, prefix: str, pictures: Sequence[CaptionedImage]
+    ) -> list[tuple[ImageFeatures, ImageDistances]]:
+        """Of each network, with the reference pictures and nothing else."""
+        found = []
+        for network in self.networks:
+            if not hasattr(network, "features"):
+                continue
+            if (prefix, network.name) not in self._distances:
+                self._distances[prefix, network.name] = self._referred(trainer, device, network, pictures)
+            self._distances[prefix, network.name].reset()
+            found.append((network, self._distances[prefix, network.name]))
+        return found
+
+    def _cosines(
+        self, network: PairScore, device: torch.device, images: list[PILImage.Image], captions: list[str]
+    ) -> Tensor:
+        """(n,) of this rank's pictures and their captions."""
+        parts = [torch.empty(0, device=device)]
+        for first in range(0, len(images), self.batch_size):
+            some = slice(first, first + self.batch_size)
+            pixels = torch.stack([pixels_of(image) for image in images[some]]).to(device)
+            parts.append(network.cosines(pixels, captions[some]))
+        return torch.cat(parts)
 
     def _referred(
         self, trainer: pl.Trainer, device: torch.device, network: ImageFeatures, pictures: Sequence[CaptionedImage]
@@ -161,11 +177,23 @@ def _gathered_in_order(own: Tensor, number: int, ranks: int) -> Tensor:
     return whole
 
 
-def _examples(
-    corpus: str, images: list[Any], captions: list[str], scores: tuple[str, list[float]] | None
-) -> list[Example]:
-    """The first, the worst and the best."""
-    name, each = scores if scores is not None else ("", [None] * len(images))
-    by_score = sorted(range(len(images)), key=lambda i: each[i] if scores else 0)
-    chosen = dict.fromkeys([*range(min(SHOWN, len(images))), *by_score[:EXTREMES], *by_score[-EXTREMES:]])
-    return [Example(corpus, "picture", images[i], captions[i], "", each[i], name) for i in chosen]
+def _pixels_at(images: list[PILImage.Image], index: int) -> Tensor:
+    return pixels_of(images[index])
+
+
+def _of_distance(prefix: str, network: ImageFeatures, distance: ImageDistances) -> list[Measurement]:
+    """Gathered over ranks; collective."""
+    found, label = distance.compute(), label_of(network)
+    biased = min(found.generated, found.reference) <= network.num_features
+    name, kernel = network.name + ("_biased" if biased else ""), kernel_name(network.name)
+    return [
+        Measurement(f"{prefix}/{name}", found.frechet, found.generated, label),
+        Measurement(f"{prefix}/{kernel}", found.kernel, found.generated, label, found.kernel_error),
+    ]
+
+
+def _chosen(examples: list[Example]) -> list[Example]:
+    """The first, the worst and the best of them, in that order; the first of many rounds stay first."""
+    rest = sorted(examples[SHOWN:], key=lambda example: example.score or 0.0)
+    ends = rest if len(rest) <= 2 * EXTREMES else rest[:EXTREMES] + rest[-EXTREMES:]
+    return examples[:SHOWN] + ends

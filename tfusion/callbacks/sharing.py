@@ -15,18 +15,25 @@ from tfusion.requests import Generation, Request
 
 
 def make(
-    trainer: pl.Trainer, module: pl.LightningModule, requests: Sequence[Request], batch_size: int
+    trainer: pl.Trainer, module: pl.LightningModule, requests: Sequence[Request], batch_size: int, first: int = 0
 ) -> list[tuple[int, Generation]]:
     """This rank's share: numbers and generations of requests r, r + W, ...; every rank has to call it.
 
     (Under FSDP2 gathering the weights is a collective, so a rank without a request takes part.)
 
+    Args:
+        trainer, module: of this rank.
+        requests: the same on all ranks.
+        batch_size: decoded together.
+        first: the number of the first request.
+
     Raises:
         ValueError: a request that cannot be met, whichever rank has it: on all, so that none waits for another.
     """
     module.check_requests(requests)
-    numbers = list(range(trainer.global_rank, len(requests), trainer.world_size))
-    made = module.generate([requests[i] for i in numbers], numbers, batch_size=batch_size)
+    mine = slice(trainer.global_rank, None, trainer.world_size)
+    numbers = list(range(first, first + len(requests)))[mine]
+    made = module.generate(requests[mine], numbers, batch_size=batch_size)
     return list(zip(numbers, made, strict=True))
 
 

@@ -71,6 +71,9 @@ class Findings:
 
 
 def share(name: str, right: int, n: int) -> Measurement:
-    """The share of n that is right, with its binomial standard error."""
-    value = right / max(n, 1)
-    return Measurement(name, value, n, standard_error=math.sqrt(value * (1 - value) / max(n, 1)))
+    """The share of n that is right, and its standard error.
+
+    That is sqrt(p (1 - p) / n) with p = (right + 1) / (n + 2), Laplace's estimate: of none or all right it is not 0.
+    """
+    p = (right + 1) / (n + 2)
+    return Measurement(name, right / max(n, 1), n, standard_error=math.sqrt(p * (1 - p) / max(n, 1)))
