@@ -125,6 +125,17 @@ def test_captions_are_scored_as_by_pycocoevalcap_and_greedily_written() -> None:
     ]
 
 
+def test_rounds_of_captions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for pictures in (1000, 2):
+        monkeypatch.setattr("tfusion.callbacks.caption_metrics.ROUND", pictures)
+        module = Answers(lambda request: f"a car {np.asarray(request.segments[0])[0, 0, 0]}")
+        measurements, examples = measure_captions(ALONE, module, "val/x", PICTURES * 2, 5, 2, scenes=False)
+        found.append((measurements, [(e.text, e.truth, e.score) for e in examples], len(module.asked)))
+    assert found[0] == found[1]
+    assert found[0][0][0].n == found[0][2] == 5
+
+
 def test_a_scene_said_the_other_way_round_is_right_and_what_cannot_be_parsed_is_wrong() -> None:
     pictures = [
         replace(PICTURES[n], captions=(caption,))

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import lightning.pytorch as pl
 
-from tfusion.callbacks.sharing import make, picture_of, pixels_of, text_of
+from tfusion.callbacks.sharing import EXTREMES, ROUND, SHOWN, make, picture_of, pixels_of, text_of
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.scene_prompts import KINDS, scene_prompts
-from tfusion.data.sources import to_pil
+from tfusion.data.sources import captions_of, to_pil
 from tfusion.metrics.captions import cider_d
 from tfusion.metrics.measurement import Example, Measurement, share
 from tfusion.metrics.scenes import caption_right, composition_right
@@ -32,13 +32,16 @@ def measure_captions(
     `<prefix>/cider_d` (1 = 100 of the papers), `<prefix>/caption_exact` (one of the true ones, word for word) and,
     of scenes, `<prefix>/caption_accuracy` (the scene it says is the true one; what cannot be parsed is wrong).
     """
-    chosen = [pictures[i] for i in range(min(number, len(pictures)))]
     config = replace(module.generation, temperature=0.0)
-    requests = [Request((to_pil(picture),), "text", config=config) for picture in chosen]
-    own = [(i, text_of(generation).strip()) for i, generation in make(trainer, module, requests, batch_size)]
-    written = dict(gather_lists(own))
-    texts = [written[i] for i in range(len(chosen))]
-    truths = [picture.captions for picture in chosen]
+    texts: list[str] = []
+    step = ROUND * trainer.world_size  # so that no more pictures are held at a time
+    for first in range(0, min(number, len(pictures)), step):
+        some = range(first, min(first + step, number, len(pictures)))
+        requests = [Request((to_pil(pictures[i]),), "text", config=config) for i in some]
+        made = make(trainer, module, requests, batch_size, first)
+        written = dict(gather_lists([(i, text_of(generation).strip()) for i, generation in made]))
+        texts += [written[i] for i in some]
+    truths = [captions_of(pictures, i) for i in range(len(texts))]
     scores = cider_d(texts, truths)
     n = len(texts)
     error = float(scores.std(ddof=1)) / n**0.5 if n > 1 else None
@@ -50,9 +53,11 @@ def measure_captions(
         right = sum(caption_right(t, c[0]) for t, c in zip(texts, truths, strict=True))
         found.append(share(f"{prefix}/caption_accuracy", right, n))
     corpus = prefix.split("/", 1)[1]
+    worst_first = sorted(range(n), key=lambda i: scores[i])
+    chosen = dict.fromkeys([*range(min(SHOWN, n)), *worst_first[:EXTREMES], *worst_first[-EXTREMES:]])
     examples = [
-        Example(corpus, "caption", to_pil(chosen[i]), texts[i], truths[i][0], float(scores[i]), "cider_d")
-        for i, _ in own
+        Example(corpus, "caption", to_pil(pictures[i]), texts[i], truths[i][0], float(scores[i]), "cider_d")
+        for i in chosen
     ]
     return found, examples
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from tfusion.callbacks.sharing import make, picture_of, pixels_of
+from tfusion.callbacks.sharing import EXTREMES, ROUND, SHOWN, make, picture_of, pixels_of
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.sources import captions_of
 from tfusion.metrics import ClipScore, ImageDistances, ImageFeatures, PairScore
@@ -22,9 +22,6 @@ from tfusion.metrics.measurement import Example, Measurement
 from tfusion.metrics.networks import label_of
 from tfusion.requests import GenerationConfig, Request
 from tfusion.training.parallel import gather_lists
-
-SHOWN, EXTREMES = 32, 8  # examples kept: the first, and of the others the worst and best by score
-ROUND = 1024  # pictures a rank holds at a time
 
 
 class PictureMetrics:

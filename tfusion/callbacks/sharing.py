@@ -13,6 +13,9 @@ from torch import Tensor
 
 from tfusion.requests import Generation, Request
 
+SHOWN, EXTREMES = 32, 8  # examples kept: the first, and of the others the worst and best by score
+ROUND = 1024  # pictures a rank holds at a time
+
 
 def make(
     trainer: pl.Trainer, module: pl.LightningModule, requests: Sequence[Request], batch_size: int, first: int = 0
