@@ -62,7 +62,11 @@ def test_quickstart_commands(folder):
     run(f"tfusion fit --config configs/quickstart.yaml {SHORT}", folder)
     made = {path.name for path in (folder / "runs/quickstart").iterdir()}
     assert {"config.yaml", "metrics.csv", "samples", "checkpoints"} <= made
-    assert "val/shakespeare/perplexity" in run(command("tfusion validate --config runs/quickstart"), folder)
+    fewer = "--generation_metrics.num_images 4 --generation_metrics.num_captions 4"
+    table = run(f"{command('tfusion validate --config runs/quickstart')} {fewer}", folder)
+    assert "val/shakespeare/perplexity" in table
+    assert "train/openmoji/clip_score_reference" in table
+    assert {"validation.json", "report.html"} <= {path.name for path in (folder / "runs/quickstart").iterdir()}
     run(command("tfusion predict  --config runs/quickstart"), folder)
     lines = (folder / "runs/quickstart/predictions/predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 36
@@ -108,6 +112,8 @@ def test_own_pictures_commands(folder):
     short = "--model.init_args.generation.num_inference_steps 2"
     run(f"{command('tfusion predict --config runs/pictures')} {short}", folder)
     assert len(list((folder / "runs/pictures/predictions").glob("000000-*.png"))) == 8
+    scored = run(command("python -m tfusion.bench.folder").replace("runs/x", "runs/pictures"), folder)
+    assert json.loads(scored.splitlines()[-1])["n"] == 8
 
 
 def test_links_lead_somewhere():
