@@ -11,11 +11,12 @@ import torch
 from cleanfid import fid as cleanfid
 from PIL import Image
 
-from tfusion.bench.folder import main
+from tfusion.bench.folder import main, read_picture
 from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.callbacks.writer import PredictionWriter
 from tfusion.data.prompts import read_prompts
 from tfusion.metrics import FeatureNetwork
+from tfusion.pictures import decode
 from tfusion.requests import GenerationConfig
 
 NETWORK = """
@@ -144,3 +145,10 @@ def test_refusals(tmp_path: Path, capsys, config) -> None:
     # features alone cannot say whether a picture fits its prompt
     message = refusal(capsys, "--generated", tmp_path / "made", "--prompts", tmp_path / "prompts.jsonl", *config)
     assert "--prompts is given, but none of the networks (FeatureNetwork) can use it" in message
+
+
+def test_pictures_are_brought_to_size_as_training_data_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 4), dtype=np.uint8)  # wide, with transparency
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    expected = decode((tmp_path / "wide.png").read_bytes(), 8).pixels
+    assert np.array_equal(read_picture(tmp_path / "wide.png", 8).numpy(), np.asarray(expected))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cleanfid.fid import frechet_distance
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from tests.callbacks.test_caption_metrics import drawn
@@ -461,7 +462,9 @@ def run_rank(rank: int, folder: Path, environment: dict[str, str]) -> None:
 def test_ranks_change_nothing(tmp_path: Path, own_cache: Path) -> None:
     """Each sample is made once, each reference picture counts once, and every rank has the metrics of one process."""
     expected = results(tmp_path)
-    next(own_cache.iterdir()).unlink()
+    (kept,) = own_cache.iterdir()
+    features = load_file(kept)["features"]
+    kept.unlink()
     environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
     environment["TFUSION_CACHE"] = os.environ["TFUSION_CACHE"]  # the server may be older than this test
     context = multiprocessing.get_context("forkserver")
@@ -472,6 +475,7 @@ def test_ranks_change_nothing(tmp_path: Path, own_cache: Path) -> None:
     for rank in ranks:
         rank.join(100)
     assert [rank.exitcode for rank in ranks] == [0] * RANKS
+    assert torch.equal(load_file(kept)["features"], features)  # in the order of the pictures
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
     for run, (metrics, numbers) in enumerate(expected):
         for rank in range(RANKS):
