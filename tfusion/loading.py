@@ -37,7 +37,7 @@ def load(
     settings = read_config(root)
     parser = ArgumentParser()
     parser.add_subclass_arguments(L.LightningModule, "model")
-    module: TransfusionModule = parser.instantiate_classes(parser.parse_object({"model": settings["model"]})).model
+    module: TransfusionModule = parser.instantiate(parser.parse_object({"model": settings["model"]})).model
     state = torch.load(find_checkpoint(root, checkpoint), map_location="cpu", weights_only=True)
     module.materialize(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module.on_load_checkpoint(state)
@@ -51,7 +51,7 @@ def load_data(run: str | os.PathLike[str]) -> MultimodalDataModule:
     parser = ArgumentParser()
     parser.add_class_arguments(MultimodalDataModule, "data")
     settings = read_config(Path(run))
-    return parser.instantiate_classes(parser.parse_object({"data": settings["data"]})).data
+    return parser.instantiate(parser.parse_object({"data": settings["data"]})).data
 
 
 def read_config(root: Path) -> dict[str, Any]:
