@@ -152,8 +152,8 @@ class GenerationMetrics(pl.Callback):
                 continue
             if pictures < 2:
                 raise ValueError(
-                    f"corpus {corpus!r} has {pictures} {self.split} picture, {network.name} needs 2 or more: hold out more "
-                    "(a corpus's `val`), or leave the network out"
+                    f"corpus {corpus!r} has {pictures} {self.split} picture, {network.name} needs 2 or more: hold "
+                    "out more (a corpus's `val`), or leave the network out"
                 )
             if min(self.num_images, pictures) <= network.num_features and speaks and self.reference is None:
                 log.warning(
