@@ -94,3 +94,11 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "half.safetensors").write_bytes(SHIPPED.read_bytes()[:10_000])
     with pytest.raises(ValueError, match="is no reference encoder"):
         Reference(str(tmp_path / "half.safetensors")).load(torch.device("cpu"))
+
+
+def test_pictures_of_floats_and_captions_too_few_are_refused(network: Reference) -> None:
+    pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="torch.float32, expected uint8"):
+        network.features(pictures / 255)
+    with pytest.raises(ValueError, match="2 pictures and 1 captions"):
+        network.cosines(pictures, ["a heart"])  # one caption would otherwise be compared with both

@@ -65,6 +65,8 @@ class Reference:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """(N, 128) fp32 of uint8 RGB pictures (N, 3, H, H)."""
+        if images.dtype != torch.uint8:
+            raise ValueError(f"Reference: got pictures of {images.dtype}, expected uint8 from 0 to 255")
         return self.network.image_features(resized(images.to(self.device), self.network.image_size) / 127.5 - 1)
 
     @torch.no_grad()
@@ -82,4 +84,6 @@ class Reference:
 
     def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """(N,) cosine of each uint8 RGB picture (N, 3, H, H) and its caption."""
+        if len(images) != len(captions):
+            raise ValueError(f"Reference: got {len(images)} pictures and {len(captions)} captions, expected as many")
         return F.cosine_similarity(self.features(images), self.text_features(captions), dim=-1)
