@@ -68,6 +68,7 @@ def test_equals_clean_fid_on_the_same_features_and_features_kept_serve_as_well(t
 
     kept = tmp_path / "kept.safetensors"
     main([str(a) for a in ("--reference", tmp_path / "real", "--image_size", 8, "--write", kept, *config)])
+    assert json.loads(capsys.readouterr().out) == {"written": str(kept)}
     again = scores(capsys, "--generated", tmp_path / "made", "--reference", kept, *config)
     assert again == found
     assert "of pictures of 8 pixels a side, expected 4" in refusal(

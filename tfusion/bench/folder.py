@@ -205,7 +205,10 @@ def main(args: list[str] | None = None) -> None:
     for one in found:
         error = "" if one.standard_error is None else f" +- {one.standard_error:.4g}"
         sys.stdout.write(f"{one.name:<28} {one.value:.5g}{error}   (n {one.n}, {one.network})\n")
-    sys.stdout.write(json.dumps({one.name: one.value for one in found} | {"n": found[0].n if found else 0}) + "\n")
+    result = {one.name: one.value for one in found} | ({"n": found[0].n} if found else {})
+    if options.write is not None:
+        result["written"] = str(options.write)
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
