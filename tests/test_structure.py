@@ -42,6 +42,7 @@ TIERS = [
         "training.run_folder",
         "training.parallel",
         "training.step_sums",
+        "training.validation_log",
         "report",
     },
     {"training.base"},

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tfusion.metrics import ChoiceAccuracy
 from tfusion.metrics.measurement import Findings, share
+from tfusion.training.validation_log import log_validation
 
 
 class RankedChoice(L.Callback):
@@ -63,7 +64,4 @@ class RankedChoice(L.Callback):
         if not self.findings.measurements:
             return
         metrics = {one.name: one.value for one in self.findings.measurements}
-        # as in Perplexity: where `best` and `tfusion validate` read them
-        pl_module.log_dict(metrics, logger=False, sync_dist=False)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step)
+        log_validation(trainer, pl_module, metrics)

@@ -20,6 +20,7 @@ from tfusion.data.sources import captions_of
 from tfusion.metrics import ImageFeatures, PairScore
 from tfusion.metrics.measurement import Findings
 from tfusion.requests import GenerationConfig, Request
+from tfusion.training.validation_log import log_validation
 
 log = logging.getLogger(__name__)
 
@@ -183,10 +184,7 @@ class GenerationMetrics(pl.Callback):
         for corpus in trainer.datamodule.image_corpora:  # type: ignore[attr-defined]
             self._measure(trainer, pl_module, corpus, config)
         metrics = {found.name: found.value for found in self.findings.measurements}
-        # as in Perplexity: where `best` and `tfusion validate` read them
-        pl_module.log_dict(metrics, logger=False, sync_dist=False)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step)
+        log_validation(trainer, pl_module, metrics)
         if trainer.is_global_zero:
             times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.findings.seconds.items())
             log.info("generation metrics: %s", times)

@@ -14,6 +14,7 @@ from tfusion.metrics import DiffusionLoss, TextLoss, standard_error_of_mean, tok
 from tfusion.metrics.measurement import Findings, Measurement
 from tfusion.sequence import EOS_ID, NUM_SPECIAL_IDS
 from tfusion.training.step_sums import NUM_QUARTERS, noise_quarter, quarter_name
+from tfusion.training.validation_log import log_validation
 
 
 class Perplexity(L.Callback):
@@ -102,10 +103,7 @@ class Perplexity(L.Callback):
         ]
         metrics = {one.name: one.value for one in found}
         self.findings = Findings([one for one in found if one.n], [], {"losses": self._end - self._start})
-        # where `best` and `tfusion validate` read them; Lightning itself would log them at global_step - 1
-        pl_module.log_dict(metrics, logger=False, sync_dist=False)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step)
+        log_validation(trainer, pl_module, metrics)
 
 
 def _of_text(view: str, values: dict[str, float]) -> list[Measurement]:

@@ -13,6 +13,7 @@ from tfusion.metrics import Reconstruction, standard_error_of_mean
 from tfusion.metrics.measurement import Findings, Measurement
 from tfusion.sequence import Batch
 from tfusion.tokenizers import PixelTokenizer
+from tfusion.training.validation_log import log_validation
 
 
 class ReconstructionQuality(L.Callback):
@@ -72,7 +73,4 @@ class ReconstructionQuality(L.Callback):
         if not self.findings.measurements:
             return
         metrics = {one.name: one.value for one in self.findings.measurements}
-        # as in Perplexity: where `best` and `tfusion validate` read them
-        pl_module.log_dict(metrics, logger=False, sync_dist=False)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step)
+        log_validation(trainer, pl_module, metrics)

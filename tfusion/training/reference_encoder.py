@@ -15,6 +15,7 @@ from tfusion.data.validation import GIVEN_IMAGE
 from tfusion.models.reference_encoder import THUMBNAIL, ReferenceEncoder
 from tfusion.sequence import Batch
 from tfusion.training.base import TrainedModule
+from tfusion.training.validation_log import log_validation
 
 
 class ReferenceEncoderModule(TrainedModule):
@@ -130,9 +131,7 @@ class ReferenceEncoderModule(TrainedModule):
             everyone = torch.ones(len(pictures), dtype=torch.bool, device=pictures.device)
             losses.append(float(contrastive_loss(pictures, captions, self.model.logit_scale, everyone)))
         metrics["val/loss"] = sum(losses) / max(len(losses), 1)
-        self.log_dict(metrics, logger=False, sync_dist=False)
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, self.trainer.global_step)
+        log_validation(self.trainer, self, metrics)
 
 
 def contrastive_loss(pictures: Tensor, captions: Tensor, logit_scale: Tensor, valid: Tensor) -> Tensor:
