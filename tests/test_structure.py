@@ -27,6 +27,7 @@ TIERS = [
         "data.shapes_reader",
         "data.sources",
         "data.files",
+        "data.json_lines",
         "data.record_builder",
     },
     {"data.records", "data.text_pieces", "data.scene_prompts"},

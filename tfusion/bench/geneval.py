@@ -25,11 +25,11 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
         ValueError: no such file, an empty one, or a line without these keys; names the line.
     """
     lines = read_lines(path)
-    for number, line in lines:
+    for where, line in lines:
         for key in ("prompt", "tag"):
-            if not field(line, key, str, f"{path}, line {number}").strip():
-                raise ValueError(f"{path}, line {number}: {key!r} is empty")
-        field(line, "include", list, f"{path}, line {number}")
+            if not field(line, key, str, where).strip():
+                raise ValueError(f"{where}: {key!r} is empty")
+        field(line, "include", list, where)
     return [line for _, line in lines]
 
 
@@ -89,8 +89,7 @@ def summary(results: Path) -> dict[str, Any]:
     """
     tags: dict[str, list[bool]] = {}
     prompts: dict[str, list[bool]] = {}  # metadata tells prompts apart, as there
-    for number, line in read_lines(results):
-        where = f"{results}, line {number}"
+    for where, line in read_lines(results):
         correct = field(line, "correct", bool, where)
         tags.setdefault(field(line, "tag", str, where), []).append(correct)
         prompts.setdefault(field(line, "metadata", str, where), []).append(correct)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tfusion.data.json_lines import read_json_lines
 from tfusion.training.run_folder import write_atomically
 
 
@@ -22,8 +23,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from error
 
 
-def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a file of JSON objects, one a line; blank lines are skipped.
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """("FILE, line N", object) of a file of JSON objects, one a line; blank lines are skipped.
 
     Raises:
         ValueError: no such file, nothing in it, or a line that is no object; names the line.
@@ -31,17 +32,10 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a file of JSON objects, one a line")
     lines = []
-    # Bytes are cut at line ends only; str.splitlines would also cut at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:  # also of bytes that are no UTF-8
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    for where, value in read_json_lines(path):
         if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number}: got {type(value).__name__}, expected an object")
-        lines.append((number, value))
+            raise ValueError(f"{where}: got {type(value).__name__}, expected an object")
+        lines.append((where, value))
     if not lines:
         raise ValueError(f"{path} is empty; expected JSON objects, one a line")
     return lines
@@ -82,8 +76,7 @@ def read_predictions(path: Path, requests: int, samples: int) -> list[list[list[
     """
     path = path / "predictions.jsonl" if path.is_dir() else path
     found: dict[tuple[int, int], list[dict[str, str]]] = {}
-    for number, line in read_lines(path):
-        where = f"{path}, line {number}"
+    for where, line in read_lines(path):
         key = field(line, "request", int, where), field(line, "sample", int, where)
         if key in found:
             raise ValueError(f"{where}: request {key[0]}, sample {key[1]} is there twice")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tfusion.data.prompts import parse_json
+from tfusion.data.json_lines import read_json_lines
 from tfusion.data.validation import ValidationRows
 from tfusion.sequence import IGNORE_INDEX, LABEL_MULTIPLE, Batch, Document, Row
 from tfusion.tokenizers.text import TextTokenizer
@@ -64,14 +64,11 @@ def read_choices(path: str | os.PathLike[str]) -> list[Question]:
             '"choices": [" mat.", " moon."], "answer": 0}'
         )
     questions = []
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if not line.strip():
-            continue
-        source = f"{file}, line {number}"
+    for where, line in read_json_lines(file):
         try:
-            questions.append(_question(parse_json(line), source))
+            questions.append(_question(line, where))
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     if not questions:
         raise ValueError(f'{file} holds no question; write at least one line with "context", "choices" and "answer"')
     return questions

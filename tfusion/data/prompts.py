@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
+from tfusion.data.json_lines import read_json_lines
 from tfusion.requests import GenerationConfig, Request, parse_request
 
 
@@ -25,25 +25,11 @@ def read_prompts(path: str | os.PathLike[str], defaults: GenerationConfig) -> li
             f'no prompts file {str(path)!r}; give a file of lines such as {{"segments": [{{"text": "cat"}}]}}'
         )
     requests = []
-    # Bytes are cut at line ends only; str.splitlines would also cut at U+2028, which JSON allows inside a
-    # string.
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for where, line in read_json_lines(path):
         try:
-            requests.append(parse_request(parse_json(line), defaults, path.parent))
+            requests.append(parse_request(line, defaults, path.parent))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     if not requests:
         raise ValueError(f'{path} holds no request; write at least one line, such as {{"segments": ["cat"]}}')
     return requests
-
-
-def parse_json(line: bytes) -> object:
-    """What a line of a file holds; raises ValueError that says what is wrong with it."""
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte {error.start + 1} of the line); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno}); expected one object a line") from error
