@@ -21,6 +21,15 @@ from tfusion.training.transfusion import TransfusionModule
 
 IMAGE_SIZE = 8
 BYTES_VOCAB_SIZE = 261  # 5 special ids and 256 bytes: no merges
+TINY_AUTOENCODER = {  # of diffusers' AutoencoderKL
+    "block_out_channels": (4, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 5,
+    "norm_num_groups": 2,
+    "mid_block_add_attention": False,
+    "scaling_factor": 0.4,
+}
 NAMES = ("red", "lime", "blue", "yellow", "cyan", "pink", "white", "black", "olive", "teal", "brown")
 
 

@@ -276,7 +276,7 @@ def test_missing_files_and_wrong_ones(shipped, tmp_path, capsys) -> None:
     (tmp_path / "broken.json").write_text('{"name": "x"}')
     assert "is no file of reference curves" in refused("--run", str(run), "--reference", str(tmp_path / "broken.json"))
     (run / "metrics.csv").write_text("step,train/text_loss\n20,1.0\n40,much\n")
-    assert "metrics.csv, line 3, column train/text_loss" in refused("--run", str(run))
+    assert "metrics.csv, step 40, column train/text_loss" in refused("--run", str(run))
     (run / "metrics.csv").write_text("step,train/text_loss\n10,1.0\n")
     assert "has come to step 10, the reference begins at step 20" in refused("--run", str(run))
     (run / "metrics.csv").write_text("step,train/text_loss\n")

@@ -44,11 +44,13 @@ class Corpus:
 
     name, image_size = "noise", 4
 
-    def __init__(self, pictures: Sequence[torch.Tensor] = tuple(noise(0, n) for n in range(PICTURES))) -> None:
-        self.pictures = pictures
+    def __init__(
+        self, pictures: Sequence[torch.Tensor] = tuple(noise(0, n) for n in range(PICTURES)), split: str = "val"
+    ) -> None:
+        self.pictures, self.split = pictures, split
 
     def load(self, split: str) -> list[CaptionedImage]:
-        assert split == "val"
+        assert split == self.split
         return [CaptionedImage(str(n), image, (f"caption {n}", "other")) for n, image in enumerate(self.pictures)]
 
 
@@ -192,6 +194,20 @@ def test_requests_are_fixed_by_the_sample(tmp_path: Path) -> None:
     assert batch_size == 4
     captions = [f"caption {n}" for n in (0, 1, 2, 3, 4, 5, 6, 0, 1)]
     assert requests == [Request((c,), "image", seed=n, config=module.generation) for n, c in enumerate(captions)]
+
+
+def test_the_budget_of_steps_and_what_it_cost(tmp_path: Path) -> None:
+    callback = GenerationMetrics([Stub(), Cosines("-")], num_images=5, num_inference_steps=7, split="train")
+    metrics, module = measured(tmp_path, callback, Corpus(split="train"))
+    assert {request.config.num_inference_steps for _, requests, _, _ in module.asked for request in requests} == {7}
+    assert module.generation.num_inference_steps != 7
+    assert set(callback.findings.seconds) == {
+        "5 pictures made of train/noise",
+        "fd_stub of 5 pictures of train/noise",
+        "clip_score of 5 pictures of train/noise",
+    }
+    assert all(seconds > 0 for seconds in callback.findings.seconds.values())
+    assert metrics.keys() == {f"train/noise/{name}" for name in ("fd_stub", "kd_stub", "clip_score")}
 
 
 def test_rounds_change_nothing_but_that_pictures_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

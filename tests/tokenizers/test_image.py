@@ -10,18 +10,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from tests.conftest import TINY_AUTOENCODER
 from tfusion.tokenizers import PixelTokenizer, VAETokenizer
 
-CONFIG = {
-    "block_out_channels": (4, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "latent_channels": 5,
-    "norm_num_groups": 2,
-    "mid_block_add_attention": False,
-    "scaling_factor": 0.4,
-    "shift_factor": 0.3,
-}
+CONFIG = TINY_AUTOENCODER | {"shift_factor": 0.3}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 
 from tfusion.bench.curve_band import Curve
 from tfusion.loading import read_config
-from tfusion.training.run_folder import write_atomically
+from tfusion.training.run_folder import read_metrics, write_atomically
 
 FOLDER = Path(__file__).parent / "curves"
 LOSSES = ("loss", "text_loss", "diffusion_loss")
@@ -151,28 +150,25 @@ def read_curves(run: Path) -> dict[str, Curve]:
     path = run / "metrics.csv"
     if not path.is_file():
         raise ValueError(f"{run} has no metrics.csv; give the folder of a run, as `tfusion fit` makes it")
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *rows = list(csv.reader(line for line in file if line.endswith("\n"))) or [[]]
+    rows = read_metrics(path)[1]
     curves = {}
     for column in CURVES:
-        if column not in header or "step" not in header:
-            continue
-        at, steps, losses = header.index(column), [], []
-        for number, row in enumerate(rows, start=2):
-            if len(row) != len(header) or not row[at]:
-                continue
-            try:
-                steps.append(int(row[header.index("step")]))
-                losses.append(float(row[at]))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, column {column}: {error}") from error
-        if steps:
-            curves[column] = Curve(np.array(steps), np.array(losses))
+        logged = [row for row in rows if row.get(column)]
+        losses = [_loss(row, column, path) for row in logged]
+        if logged:
+            curves[column] = Curve(np.array([int(row["step"]) for row in logged]), np.array(losses))
     if not any(column.startswith("train/") for column in curves):
         raise ValueError(
             f"{path} has no training loss yet; expected a column of {', '.join(f'train/{loss}' for loss in LOSSES)}"
         )
     return curves
+
+
+def _loss(row: dict[str, str], column: str, path: Path) -> float:
+    try:
+        return float(row[column])
+    except ValueError as error:
+        raise ValueError(f"{path}, step {row['step']}, column {column}: {error}") from error
 
 
 def settings_of(run: Path) -> dict[str, Any]:

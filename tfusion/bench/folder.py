@@ -19,10 +19,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from PIL import Image as PILImage
 from torch import Tensor
 from tqdm import tqdm
@@ -30,8 +31,8 @@ from tqdm import tqdm
 from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.callbacks.sharing import pixels_of
 from tfusion.data.prompts import read_prompts
-from tfusion.metrics import ClipScore, ImageDistances, ImageFeatures, Reference
-from tfusion.metrics.distances import kernel_name, read_reference_file, write_features
+from tfusion.metrics import ClipScore, ImageDistances, ImageFeatures, PairScore, Reference
+from tfusion.metrics.distances import measurements_of, read_reference_file, write_features
 from tfusion.metrics.measurement import Measurement
 from tfusion.metrics.networks import label_of
 from tfusion.pictures import fit_square, to_rgb
@@ -53,18 +54,34 @@ def picture_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def read_picture(path: Path, image_size: int | None) -> Tensor:
-    """uint8 (3, S, S), the centre square at `image_size`, or as it is, which has to be square."""
+def own_size(paths: Sequence[Path]) -> int:
+    """The one side that all pictures have; of each only the head of its file is read."""
+    sizes = set()
+    for path in paths:
+        with _opened(path) as image:
+            width, height = image.size
+        if width != height:
+            raise ValueError(f"{str(path)!r} is {width} x {height}, not square: say --image_size")
+        sizes.add(width)
+    if len(sizes) > 1:
+        raise ValueError(f"the pictures have sides of {sorted(sizes)} pixels: say --image_size")
+    return sizes.pop()
+
+
+def read_picture(path: Path, image_size: int) -> Tensor:
+    """uint8 (3, S, S), the centre square at `image_size`."""
+    with _opened(path) as opened:
+        image = to_rgb(opened)[0]
+    return pixels_of(image if image.size == (image_size, image_size) else fit_square(image, image_size))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[PILImage.Image]:
     try:
-        with PILImage.open(path) as opened:
-            image = to_rgb(opened)[0]
+        with PILImage.open(path) as image:
+            yield image
     except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as a picture ({error}); remove it, or mend it") from error
-    if image_size is None and image.width != image.height:
-        raise ValueError(f"{str(path)!r} is {image.width} x {image.height}, not square: say --image_size")
-    if image_size is not None and image.size != (image_size, image_size):
-        image = fit_square(image, image_size)
-    return pixels_of(image)
 
 
 def batches(paths: Sequence[Path], image_size: int, what: str) -> Iterator[tuple[Sequence[Path], Tensor]]:
@@ -77,12 +94,14 @@ def batches(paths: Sequence[Path], image_size: int, what: str) -> Iterator[tuple
             bar.update(len(some))
 
 
-def features_of(
-    networks: Sequence[ImageFeatures], paths: Sequence[Path], image_size: int, what: str, device: torch.device
+def reference_features(
+    reference: Path, networks: Sequence[ImageFeatures], image_size: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """(N, D) features on the CPU by each network's name; each picture is read once."""
+    """(N, D) features on the CPU by each network's name, of a folder of pictures or of a file that --write wrote."""
+    if reference.is_file():
+        return {n.name: read_reference_file(reference, n.name, n.fingerprint, image_size) for n in networks}
     parts: dict[str, list[Tensor]] = {network.name: [] for network in networks}
-    for _, pixels in batches(paths, image_size, what):
+    for _, pixels in batches(picture_paths(reference), image_size, "reference"):
         for network in networks:
             parts[network.name].append(network.features(pixels.to(device)).cpu())
     return {name: torch.cat(some) for name, some in parts.items()}
@@ -104,76 +123,69 @@ def prompt_texts(paths: Sequence[Path], prompts: Path) -> list[str]:
 
 
 def score(
-    generated: Path | None,
-    reference: Path | None,
-    metrics: GenerationMetrics,
-    image_size: int | None,
-    prompts: Path | None,
-    write: Path | None,
+    made: Sequence[Path],
+    networks: Sequence[ImageFeatures | PairScore],
+    references: dict[str, Tensor],
+    texts: dict[Path, str],
+    image_size: int,
     device: torch.device,
 ) -> list[Measurement]:
-    """What the command line asks for; see the module."""
-    networks = metrics.networks or [Reference()]
-    with_features = [network for network in networks if hasattr(network, "features")]
-    scoring = [network for network in networks if hasattr(network, "cosines")]
-    for given, able, option in ((reference, with_features, "--reference"), (prompts, scoring, "--prompts")):
-        if given is not None and not able:
+    """Distances to the references that there are, and scores if there are texts; each picture is read once."""
+    distances = [(n, ImageDistances(n.num_features)) for n in networks if hasattr(n, "features") and references]
+    scores = [(network, ClipScore()) for network in networks if hasattr(network, "cosines") and texts]
+    for network, distance in distances:
+        distance.update(references[network.name], real=True)
+    for some, pixels in batches(made, image_size, "generated"):
+        for network, distance in distances:
+            distance.update(network.features(pixels.to(device)).cpu(), real=False)
+        for network, clip in scores:
+            clip.update(network.cosines(pixels.to(device), [texts[path] for path in some]).cpu())
+    found = [one for network, distance in distances for one in measurements_of(distance, network)]
+    for network, clip in scores:
+        value, error = clip.compute()
+        found.append(Measurement(network.score_name, value, len(made), label_of(network), error))
+    return found
+
+
+def check(options: Namespace, networks: Sequence[ImageFeatures | PairScore]) -> None:
+    """Raise ValueError for options that would do nothing."""
+    nothing = options.generated is None and options.write is None
+    if nothing or (options.reference is None and options.prompts is None):
+        raise ValueError("nothing to do: give --generated, with --reference or --prompts, or --reference with --write")
+    if options.write is not None and (options.reference is None or not options.reference.is_dir()):
+        raise ValueError("--write keeps the features of a folder: give --reference FOLDER")
+    for given, needed, option in (
+        (options.reference, "features", "--reference"),
+        (options.prompts, "cosines", "--prompts"),
+    ):
+        if given is not None and not any(hasattr(network, needed) for network in networks):
             raise ValueError(
                 f"{option} is given, but none of the networks ({', '.join(type(n).__name__ for n in networks)}) "
                 "can use it: leave it out, or add a --config of configs/metrics with another network"
             )
+
+
+def run(options: Namespace) -> list[Measurement]:
+    """What the command line asks for; raises ValueError, worded for the user."""
+    networks = options.generation_metrics.networks or [Reference()]
+    check(options, networks)
+    device = torch.device(options.device)
     for network in networks:
         network.load(device)
-    made = picture_paths(generated) if generated is not None else []
-    if image_size is None:
-        if not made:
-            raise ValueError("say --image_size, for there are no generated pictures to take it from")
-        sizes = {read_picture(path, None).shape[-1] for path in made}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"the pictures in {str(generated)!r} have sides of {sorted(sizes)} pixels: say --image_size"
-            )
-        (image_size,) = sizes
-
-    texts: dict[Path, str] = {}
-    if prompts is not None:  # before anything is computed: names may be wrong
-        texts = dict(zip(made, prompt_texts(made, prompts), strict=True))
-    found: list[Measurement] = []
+    made = picture_paths(options.generated) if options.generated is not None else []
+    if options.image_size is None and not made:
+        raise ValueError("say --image_size, for there are no generated pictures to take it from")
+    image_size = own_size(made) if options.image_size is None else options.image_size
+    # before anything is computed: names may be wrong
+    texts = {} if options.prompts is None else dict(zip(made, prompt_texts(made, options.prompts), strict=True))
+    with_features = [network for network in networks if hasattr(network, "features")]
     references: dict[str, Tensor] = {}
-    if reference is not None and reference.is_file():
-        for network in with_features:
-            references[network.name] = read_reference_file(reference, network.name, network.fingerprint, image_size)
-    elif reference is not None:
-        references = features_of(with_features, picture_paths(reference), image_size, "reference", device)
-    if write is not None:
+    if options.reference is not None:
+        references = reference_features(options.reference, with_features, image_size, device)
+    if options.write is not None:
         kinds = {f"{network.name}.fingerprint": network.fingerprint for network in with_features}
-        write_features(write, references, kinds | {"image_size": str(image_size)})
-    if not made:
-        return found
-
-    if references:
-        features = features_of(with_features, made, image_size, "generated", device)
-    for network in with_features if references else []:
-        distance = ImageDistances(network.num_features)
-        distance.update(references[network.name], real=True)
-        distance.update(features[network.name], real=False)
-        result, label = distance.compute(), label_of(network)
-        biased = "_biased" if min(result.generated, result.reference) <= network.num_features else ""
-        found.append(Measurement(network.name + biased, result.frechet, result.generated, label))
-        found.append(
-            Measurement(kernel_name(network.name), result.kernel, result.generated, label, result.kernel_error)
-        )
-    if prompts is not None:
-        scores = {network.score_name: ClipScore() for network in scoring}
-        for some, pixels in batches(made, image_size, "with prompts"):
-            for network in scoring:
-                scores[network.score_name].update(
-                    network.cosines(pixels.to(device), [texts[path] for path in some]).cpu()
-                )
-        for network in scoring:
-            value, error = scores[network.score_name].compute()
-            found.append(Measurement(network.score_name, value, len(made), label_of(network), error))
-    return found
+        write_features(options.write, references, kinds | {"image_size": str(image_size)})
+    return score(made, networks, references, texts, image_size, device) if made else []
 
 
 def main(args: list[str] | None = None) -> None:
@@ -188,17 +200,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.instantiate(parser.parse_args(args))
     try:
-        nothing = options.generated is None and options.write is None
-        if nothing or (options.reference is None and options.prompts is None):
-            raise ValueError(
-                "nothing to do: give --generated, with --reference or --prompts, or --reference with --write"
-            )
-        if options.write is not None and (options.reference is None or not options.reference.is_dir()):
-            raise ValueError("--write keeps the features of a folder: give --reference FOLDER")
-        found = score(
-            *(options.generated, options.reference, options.generation_metrics, options.image_size),
-            *(options.prompts, options.write, torch.device(options.device)),
-        )
+        found = run(options)
     except ValueError as error:
         sys.stderr.write(f"tfusion: error: {error}\n")
         sys.exit(2)

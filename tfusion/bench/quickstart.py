@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from tfusion.callbacks.perplexity import Perplexity
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.sources import to_pil
 from tfusion.loading import load, load_data
+from tfusion.training.run_folder import read_metrics
 from tfusion.training.transfusion import TransfusionModule
 
 NUM_NAMES = 200
@@ -53,8 +53,7 @@ def caption_accuracy(module: TransfusionModule, pictures: list[CaptionedImage], 
 
 def training_seconds(run: Path) -> float:
     """The last `train/seconds` of metrics.csv."""
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
-        values = [row["train/seconds"] for row in csv.DictReader(file) if row["train/seconds"]]
+    values = [row["train/seconds"] for row in read_metrics(run / "metrics.csv")[1] if row["train/seconds"]]
     return round(float(values[-1]), 1)
 
 

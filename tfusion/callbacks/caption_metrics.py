@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import lightning.pytorch as pl
 
-from tfusion.callbacks.sharing import EXTREMES, ROUND, SHOWN, make, picture_of, pixels_of, text_of
+from tfusion.callbacks.sharing import ROUND, make, picture_of, pixels_of, shown, text_of
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.scene_prompts import KINDS, scene_prompts
 from tfusion.data.sources import captions_of, to_pil
@@ -53,11 +53,9 @@ def measure_captions(
         right = sum(caption_right(t, c[0]) for t, c in zip(texts, truths, strict=True))
         found.append(share(f"{prefix}/caption_accuracy", right, n))
     corpus = prefix.split("/", 1)[1]
-    worst_first = sorted(range(n), key=lambda i: scores[i])
-    chosen = dict.fromkeys([*range(min(SHOWN, n)), *worst_first[:EXTREMES], *worst_first[-EXTREMES:]])
     examples = [
         Example(corpus, "caption", to_pil(pictures[i]), texts[i], truths[i][0], float(scores[i]), "cider_d")
-        for i in chosen
+        for i in shown(scores.tolist())
     ]
     return found, examples
 

@@ -105,27 +105,8 @@ class GenerationMetrics(pl.Callback):
         self._pictures = PictureMetrics(self.networks, self.batch_size, self.reference)  # of other data, perhaps
         if not self._active or stage not in ("fit", "validate"):
             return
-        if not getattr(trainer.datamodule, "image_corpora", None):
-            raise ValueError(
-                "generation_metrics are asked for, but there are no captions to make pictures from; "
-                "add data.image_corpora, or leave networks, num_captions and num_scenes out"
-            )
-        if not hasattr(pl_module, "generate"):
-            raise ValueError(
-                f"generation_metrics are asked for, but {type(pl_module).__name__} generates nothing: "
-                "leave networks, num_captions and num_scenes out"
-            )
-        corpora = trainer.datamodule.image_corpora  # type: ignore[attr-defined]
-        if self.num_scenes and not any(isinstance(corpus, Shapes) for corpus in corpora):
-            raise ValueError(
-                "generation_metrics.num_scenes is set, but no corpus is tfusion.data.Shapes, whose scenes alone can be "
-                "read from pixels: leave it out"
-            )
-        if self.reference is not None and len(corpora) > 1:
-            raise ValueError(
-                f"got generation_metrics.reference, one file, for the corpora {[corpus.name for corpus in corpora]}; "
-                "expected one corpus, or no reference: each is compared with its own pictures then"
-            )
+        corpora = getattr(trainer.datamodule, "image_corpora", None) or []
+        self._check_corpora(corpora, pl_module)
         for network in self.networks:
             network.load(trainer.strategy.root_device)
         for corpus in corpora:
@@ -138,6 +119,29 @@ class GenerationMetrics(pl.Callback):
             except ValueError as error:
                 raise ValueError(f"generation_metrics would ask for a picture that cannot be made: {error}") from error
             self._pictures.check_reference(pictures)
+
+    def _check_corpora(self, corpora: Sequence[ImageCorpus], pl_module: pl.LightningModule) -> None:
+        """Refuse what these corpora and this module cannot give."""
+        if not corpora:
+            raise ValueError(
+                "generation_metrics are asked for, but there are no captions to make pictures from; "
+                "add data.image_corpora, or leave networks, num_captions and num_scenes out"
+            )
+        if not hasattr(pl_module, "generate"):
+            raise ValueError(
+                f"generation_metrics are asked for, but {type(pl_module).__name__} generates nothing: "
+                "leave networks, num_captions and num_scenes out"
+            )
+        if self.num_scenes and not any(isinstance(corpus, Shapes) for corpus in corpora):
+            raise ValueError(
+                "generation_metrics.num_scenes is set, but no corpus is tfusion.data.Shapes, whose scenes alone can be "
+                "read from pixels: leave it out"
+            )
+        if self.reference is not None and len(corpora) > 1:
+            raise ValueError(
+                f"got generation_metrics.reference, one file, for the corpora {[corpus.name for corpus in corpora]}; "
+                "expected one corpus, or no reference: each is compared with its own pictures then"
+            )
 
     def _config(self, pl_module: pl.LightningModule) -> GenerationConfig:
         steps = self.num_inference_steps or pl_module.generation.num_inference_steps

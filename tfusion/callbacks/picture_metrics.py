@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from tfusion.callbacks.sharing import EXTREMES, ROUND, SHOWN, make, picture_of, pixels_of
+from tfusion.callbacks.sharing import ROUND, make, picture_of, pixels_of, shown
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.sources import captions_of
 from tfusion.metrics import ClipScore, ImageDistances, ImageFeatures, PairScore
 from tfusion.metrics.clip_score import pair_scores
-from tfusion.metrics.distances import cached_path, keep, kernel_name, read_cached, read_reference_file
+from tfusion.metrics.distances import cached_path, keep, measurements_of, read_cached, read_reference_file
 from tfusion.metrics.measurement import Example, Measurement
 from tfusion.metrics.networks import label_of
 from tfusion.requests import GenerationConfig, Request
@@ -61,9 +60,13 @@ class PictureMetrics:
 
         Pictures are made and measured in rounds, and then forgotten but for examples.
         """
-        distances = self._distances_of(trainer, module.device, prefix, pictures)
+        distances = [
+            (network, self._distance(trainer, module.device, prefix, network, pictures))
+            for network in self.networks
+            if hasattr(network, "features")
+        ]
         scores = [(network, ClipScore().to(module.device)) for network in self.networks if hasattr(network, "cosines")]
-        corpus, examples = prefix.split("/", 1)[1], list[Example]()
+        examples: list[Example] = []
         for first in range(0, number, ROUND * trainer.world_size):
             some = range(first, min(first + ROUND * trainer.world_size, number))
             captions = [captions_of(pictures, i % len(pictures))[0] for i in some]
@@ -72,56 +75,45 @@ class PictureMetrics:
             ]
             with seconds(f"{number} pictures made of {prefix}"):
                 made = make(trainer, module, requests, self.batch_size, first)
-            images, own = [picture_of(generation) for _, generation in made], [captions[i - first] for i, _ in made]
-            for network, distance in distances:
-                with seconds(f"{network.name} of {number} pictures of {prefix}"):
-                    read = partial(_pixels_at, images)
-                    for features in self._features(network, module.device, read, range(len(images))):
-                        distance.update(features, real=False)
-            name, each = "", [None] * len(images)
-            for network, score in scores:
-                with seconds(f"{network.score_name} of {number} pictures of {prefix}"):
-                    cosines = self._cosines(network, module.device, images, own)
-                    score.update(cosines)
-                    if not name:
-                        name, each = network.score_name, pair_scores(cosines).tolist()
-            new = zip(images, own, each, strict=True)
-            examples += [Example(corpus, "picture", image, text, "", value, name) for image, text, value in new]
-            examples = _chosen(examples)
+            for start in range(0, len(made), self.batch_size):
+                batch = [(picture_of(one), captions[i - first]) for i, one in made[start : start + self.batch_size]]
+                pixels = torch.stack([pixels_of(image) for image, _ in batch]).to(module.device)
+                for network, distance in distances:
+                    with seconds(f"{network.name} of {number} pictures of {prefix}"):
+                        distance.update(network.features(pixels), real=False)
+                values = []
+                for network, score in scores:
+                    with seconds(f"{network.score_name} of {number} pictures of {prefix}"):
+                        cosines = network.cosines(pixels, [text for _, text in batch])
+                        score.update(cosines)
+                        values.append(pair_scores(cosines).tolist())
+                examples += _examples(prefix, batch, scores[0][0].score_name if scores else "", values)
+            examples = [examples[i] for i in shown([example.score for example in examples])]
 
         found = []
         for network, distance in distances:
             with seconds(f"{network.name} of {number} pictures of {prefix}"):
-                found += _of_distance(prefix, network, distance)
+                found += measurements_of(distance, network, f"{prefix}/")
         for network, score in scores:
             value, error = score.compute()
             found.append(Measurement(f"{prefix}/{network.score_name}", value, number, label_of(network), error))
         return found, examples
 
-    def _distances_of(
-        self, trainer: pl.Trainer, device: torch.device, prefix: str, pictures: Sequence[CaptionedImage]
-    ) -> list[tuple[ImageFeatures, ImageDistances]]:
-        """Of each network, with the reference pictures and nothing else."""
-        found = []
-        for network in self.networks:
-            if not hasattr(network, "features"):
-                continue
-            if (prefix, network.name) not in self._distances:
-                self._distances[prefix, network.name] = self._referred(trainer, device, network, pictures)
-            self._distances[prefix, network.name].reset()
-            found.append((network, self._distances[prefix, network.name]))
-        return found
-
-    def _cosines(
-        self, network: PairScore, device: torch.device, images: list[PILImage.Image], captions: list[str]
-    ) -> Tensor:
-        """(n,) of this rank's pictures and their captions."""
-        parts = [torch.empty(0, device=device)]
-        for first in range(0, len(images), self.batch_size):
-            some = slice(first, first + self.batch_size)
-            pixels = torch.stack([pixels_of(image) for image in images[some]]).to(device)
-            parts.append(network.cosines(pixels, captions[some]))
-        return torch.cat(parts)
+    def _distance(
+        self,
+        trainer: pl.Trainer,
+        device: torch.device,
+        prefix: str,
+        network: ImageFeatures,
+        pictures: Sequence[CaptionedImage],
+    ) -> ImageDistances:
+        """With the reference pictures and nothing else."""
+        if (prefix, network.name) not in self._distances:
+            self._distances[prefix, network.name] = self._referred(trainer, device, network, pictures)
+        distance = self._distances[prefix, network.name]
+        distance.reset()
+        distance.update(torch.empty(0, network.num_features, device=device), real=False)  # a rank may get no picture
+        return distance
 
     def _referred(
         self, trainer: pl.Trainer, device: torch.device, network: ImageFeatures, pictures: Sequence[CaptionedImage]
@@ -174,23 +166,12 @@ def _gathered_in_order(own: Tensor, number: int, ranks: int) -> Tensor:
     return whole
 
 
-def _pixels_at(images: list[PILImage.Image], index: int) -> Tensor:
-    return pixels_of(images[index])
-
-
-def _of_distance(prefix: str, network: ImageFeatures, distance: ImageDistances) -> list[Measurement]:
-    """Gathered over ranks; collective."""
-    found, label = distance.compute(), label_of(network)
-    biased = min(found.generated, found.reference) <= network.num_features
-    name, kernel = network.name + ("_biased" if biased else ""), kernel_name(network.name)
+def _examples(
+    prefix: str, batch: list[tuple[PILImage.Image, str]], score_name: str, values: list[list[float]]
+) -> list[Example]:
+    """Pictures with their captions, by the score of the first network that has one."""
+    corpus, of_each = prefix.split("/", 1)[1], values[0] if values else [None] * len(batch)
     return [
-        Measurement(f"{prefix}/{name}", found.frechet, found.generated, label),
-        Measurement(f"{prefix}/{kernel}", found.kernel, found.generated, label, found.kernel_error),
+        Example(corpus, "picture", image, text, "", value, score_name)
+        for (image, text), value in zip(batch, of_each, strict=True)
     ]
-
-
-def _chosen(examples: list[Example]) -> list[Example]:
-    """The first, the worst and the best of them, in that order; the first of many rounds stay first."""
-    rest = sorted(examples[SHOWN:], key=lambda example: example.score or 0.0)
-    ends = rest if len(rest) <= 2 * EXTREMES else rest[:EXTREMES] + rest[-EXTREMES:]
-    return examples[:SHOWN] + ends

@@ -55,3 +55,10 @@ def pixels_of(image: PILImage.Image) -> Tensor:
     """uint8 (3, H, H)."""
     pixels: Any = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def shown(scores: Sequence[float | None]) -> list[int]:
+    """Which of many examples are kept: the first, and of the others the worst and the best by score."""
+    others = sorted(range(SHOWN, len(scores)), key=lambda i: scores[i] or 0.0)
+    ends = others if len(others) <= 2 * EXTREMES else others[:EXTREMES] + others[-EXTREMES:]
+    return [*range(min(SHOWN, len(scores))), *ends]

@@ -23,6 +23,8 @@ from torchmetrics import Metric
 from tfusion.data.corpora import CaptionedImage, cache_folder
 from tfusion.metrics.frechet import FrechetDistance
 from tfusion.metrics.kernel import kernel_distance
+from tfusion.metrics.measurement import Measurement
+from tfusion.metrics.networks import ImageFeatures, label_of
 
 log = logging.getLogger(__name__)
 PROBE_TOLERANCE = 1e-2  # of the features' scale: more than devices differ by, less than networks do
@@ -73,6 +75,19 @@ class ImageDistances(Metric):
 
 def _whole(features: Tensor | list[Tensor]) -> Tensor:
     return features if isinstance(features, Tensor) else torch.cat(features)
+
+
+def measurements_of(distance: ImageDistances, network: ImageFeatures, prefix: str = "") -> list[Measurement]:
+    """Both distances by their names, gathered over ranks; collective.
+
+    Of no more pictures than features the covariance is not known: the Frechet distance is called `_biased`.
+    """
+    found, label = distance.compute(), label_of(network)
+    biased = "_biased" if min(found.generated, found.reference) <= network.num_features else ""
+    return [
+        Measurement(f"{prefix}{network.name}{biased}", found.frechet, found.generated, label),
+        Measurement(f"{prefix}{kernel_name(network.name)}", found.kernel, found.generated, label, found.kernel_error),
+    ]
 
 
 def kernel_name(frechet_name: str) -> str:

@@ -29,22 +29,24 @@ def kernel_distance(x: Tensor, y: Tensor) -> tuple[float, float]:
     if min(len(x), len(y)) < 2:
         raise ValueError(f"got {len(x)} and {len(y)} pictures, a kernel distance needs 2 or more of each")
     x, y = x.double(), y.double()
-    xx, yy, xy = _means(x, x), _means(y, y), _means(x, y)
-    yx = _means(y, x)
-    h_x, h_y = xx - xy, yy - yx
-    value = xx.mean() + yy.mean() - 2 * xy.mean()
+    xy, yx = _sums(x, y)
+    h_x, h_y = _within(x) - xy / len(y), _within(y) - yx / len(x)
+    value = h_x.mean() + h_y.mean()
     error = (4 * h_x.var() / len(x) + 4 * h_y.var() / len(y)).sqrt()
     return float(value), float(error)
 
 
-def _means(x: Tensor, y: Tensor) -> Tensor:
-    """(M,) mean of k(x_i, y_j) over j, without j = i where y is x."""
-    sums = []
+def _sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) sum of k(x_i, y_j) over j, and (N,) over i."""
+    over_y, over_x = [], torch.zeros(len(y), dtype=x.dtype, device=x.device)
     for some in x.split(ROWS):
         kernel = (some @ y.T / x.shape[1] + 1) ** 3
-        sums.append(kernel.sum(1))
-    total = torch.cat(sums)
-    if x is y:
-        own = (x.square().sum(1) / x.shape[1] + 1) ** 3
-        return (total - own) / (len(y) - 1)
-    return total / len(y)
+        over_y.append(kernel.sum(1))
+        over_x += kernel.sum(0)
+    return torch.cat(over_y), over_x
+
+
+def _within(x: Tensor) -> Tensor:
+    """(M,) mean of k(x_i, x_j) over j other than i."""
+    own = (x.square().sum(1) / x.shape[1] + 1) ** 3
+    return (_sums(x, x)[0] - own) / (len(x) - 1)

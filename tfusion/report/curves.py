@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tfusion.metrics.measurement import Measurement
+from tfusion.training.run_folder import read_metrics
 
 MOST_POINTS = 300  # a line of a chart; more could not be told apart
 UNITS = {
@@ -49,15 +49,8 @@ class Chart:
 
 def read_curves(path: Path) -> Curves:
     """Read `metrics.csv`: no file, an empty one, torn lines and cells that are no number are left out."""
-    if not path.exists():
-        return {}
-    whole = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(True) if line[-1] == "\n"]
-    header = next(csv.reader(whole[:1]), [])
     points: dict[str, list[tuple[int, float]]] = {}
-    for line in whole[1:]:
-        row = dict(zip(header, line.rstrip("\n").split(","), strict=False))
-        if line.count(",") != len(header) - 1 or not row.get("step", "").isdigit():
-            continue
+    for row in read_metrics(path)[1]:
         for name, cell in row.items():
             if name != "step" and cell and (value := _number(cell)) is not None:
                 points.setdefault(name, []).append((int(row["step"]), value))

@@ -99,6 +99,17 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and whole rows of a metrics.csv, of which there may be none yet; a row torn by a kill is left out."""
+    if not path.exists():
+        return [], []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    header, *rows = list(csv.reader(lines)) or [[]]
+    whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+    return header, [row for row in whole if _is_step(row.get("step", ""))]
+
+
 class MetricsLogger(Logger):
     """`metrics.csv`: one header, a row a call in order of steps, each in the file as soon as it is logged.
 
@@ -183,13 +194,9 @@ class MetricsLogger(Logger):
 
     def _read_rows(self) -> list[dict[str, str]]:
         """Return the whole rows of the file, and take over its header. A row torn by a kill is left out."""
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        header, *rows = list(csv.reader(lines)) or [[]]
+        header, rows = read_metrics(self.path)
         self._columns = header + [name for name in self._columns if name not in header]
-        return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header) and _is_step(row[0])]
+        return rows
 
     def _rewrite(self, rows: Iterable[Mapping[str, str]]) -> None:
         rows = sorted(rows, key=lambda row: int(row["step"]))  # stable
