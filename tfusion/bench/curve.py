@@ -30,10 +30,10 @@ from matplotlib.figure import Figure
 
 from tfusion.bench import curve_reference
 from tfusion.bench.curve_band import IN_A_ROW, WINDOW, Comparison, Curve, compare
-from tfusion.bench.curve_reference import Reference
+from tfusion.bench.curve_reference import ReferenceCurves
 
 
-def compare_all(curves: dict[str, Curve], reference: Reference) -> dict[str, Comparison]:
+def compare_all(curves: dict[str, Curve], reference: ReferenceCurves) -> dict[str, Comparison]:
     """Each curve that both have, by column; a validation is a window of its own."""
     return {
         name: compare(
@@ -70,7 +70,9 @@ def verdict(comparison: Comparison, seeds: int) -> str:
     return words
 
 
-def draw(curves: dict[str, Curve], reference: Reference, comparisons: dict[str, Comparison], title: str) -> Figure:
+def draw(
+    curves: dict[str, Curve], reference: ReferenceCurves, comparisons: dict[str, Comparison], title: str
+) -> Figure:
     """A panel a curve: band, seeds, the run's losses and its means over windows."""
     columns = 2 if len(comparisons) > 3 else 1
     rows = -(-len(comparisons) // columns)

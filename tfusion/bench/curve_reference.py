@@ -41,7 +41,7 @@ IGNORED = (
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceCurves:
     """The curves of several seeds.
 
     Attributes:
@@ -64,7 +64,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def read(reference: str) -> Reference:
+def read(reference: str) -> ReferenceCurves:
     """A shipped reference by its name, or a file of one's own by its path (`*.json`).
 
     Raises:
@@ -82,12 +82,12 @@ def read(reference: str) -> Reference:
             name: Curve(np.array(curve["steps"], int), np.array(curve["losses"], float))
             for name, curve in content["curves"].items()
         }
-        return Reference(content["name"], content["settings"], curves)
+        return ReferenceCurves(content["name"], content["settings"], curves)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of reference curves ({error}); make it anew with --make") from error
 
 
-def make(name: str, runs: Sequence[Path]) -> Reference:
+def make(name: str, runs: Sequence[Path]) -> ReferenceCurves:
     """A reference from finished runs that differ in nothing but their seeds.
 
     Raises:
@@ -121,10 +121,10 @@ def make(name: str, runs: Sequence[Path]) -> Reference:
             if not (np.isfinite(losses) & (losses > 0)).all():
                 raise ValueError(f"{run}: {column} has a loss that is not a positive number; leave this run out")
     joined = {c: Curve(first[c].steps, np.stack([own[c].losses for own in curves])) for c in first}
-    return Reference(name, settings, joined)
+    return ReferenceCurves(name, settings, joined)
 
 
-def write(reference: Reference, path: Path) -> None:
+def write(reference: ReferenceCurves, path: Path) -> None:
     """Write the file, a line a seed and curve, losses to five digits."""
     curves = []
     for name, curve in reference.curves.items():
@@ -188,7 +188,7 @@ def differences(own: dict[str, Any], reference: dict[str, Any]) -> dict[str, tup
     return {key: (own.get(key), reference.get(key)) for key in reference | own if own.get(key) != reference.get(key)}
 
 
-def recognise(run: Path) -> Reference:
+def recognise(run: Path) -> ReferenceCurves:
     """The shipped reference with the settings of a run.
 
     Raises:
