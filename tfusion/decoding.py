@@ -19,10 +19,10 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from tfusion.diffusion import NoiseProcess
-from tfusion.models.kv_cache import KVCache
+from tfusion.models.kv_cache import CacheView, KVCache
 from tfusion.models.transfusion import Transfusion
 from tfusion.randomness import generator
-from tfusion.requests import Request, Segment
+from tfusion.requests import GenerationConfig, Request, Segment
 from tfusion.samplers import Sampler, SamplerName
 from tfusion.sequence import BOI_ID, BOS_ID, EOI_ID, EOS_ID, NUM_SPECIAL_IDS, PAD_ID
 from tfusion.token_sampling import sample_tokens
@@ -120,10 +120,10 @@ class Decoding:
         x = self.model.embedding(ids.to(self.device))  # (R, T, D)
         if latents:
             clean = torch.stack(latents)
-            patches = self.model.patch_encoder(clean, clean.new_zeros(len(latents)))  # (images, P, D)
+            patches, _ = self.model.patch_encoder(clean, clean.new_zeros(len(latents)))  # (images, P, D)
             index = torch.cat(at_patches).to(self.device)
             x = x.view(R * T, -1).index_copy(0, index, patches.flatten(0, 1)).view(R, T, -1)
-        view = cache.view(image_ids, write=True)
+        view = cache.view(self.model.seen_together(image_ids), write=True)
         hidden = self.model.transformer(x, self._positions(view.index), cache=view)
         view.advance(counts)
         if T == 1:
@@ -242,23 +242,43 @@ class Decoding:
         x_t = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(self.device, self.dtype)
         R = len(rows)
         guided = torch.tensor([r for r, row in enumerate(rows) if row.null is not None], dtype=torch.long)
-        scales = [rows[r].request.config.guidance_scale for r in guided.tolist()]
-        scale = torch.tensor(scales, device=self.device, dtype=x_t.dtype).view(-1, 1, 1, 1)
-        guided = guided.to(self.device)
+        scales = self._guidance_scales([rows[r].request.config for r in guided.tolist()], sampler.timesteps)
+        needed = (scales != 1).any(1).tolist()  # at which steps
+        scales, guided = scales.to(self.device, x_t.dtype)[:, :, None, None, None], guided.to(self.device)
 
-        view = cache.view(cache.lengths[:, None].expand(-1, self.P), write=False)
-        positions = self._positions(view.index)
+        own = torch.arange(R, device=self.device)
+        images, view = torch.cat([own, guided]), self._image_view(cache)  # whose image a row of the cache denoises
+        unguided = view if all(needed) else self._image_view(cache.select(list(range(R))))
         for index, timestep in enumerate(sampler.timesteps):
             timesteps = torch.full((R,), timestep, device=self.device, dtype=x_t.dtype)
-            patches = self.model.patch_encoder(x_t, timesteps)  # (R, P, D)
-            x = torch.cat([patches, patches[guided]])
-            hidden = self.model.transformer(x, positions, cache=view)
-            output = self.model.patch_decoder(hidden).to(x_t.dtype)
-            output, null = output[:R], output[R:]
-            # classifier-free guidance (Ho & Salimans 2022, eq. 6, with scale = 1 + w)
-            output = output.index_copy(0, guided, null + scale * (output[guided] - null))
+            if needed[index]:
+                output = self._predict(x_t, timesteps, images, view)
+                output, null = output[:R], output[R:]
+                # classifier-free guidance (Ho & Salimans 2022, eq. 6, with scale = 1 + w)
+                output = output.index_copy(0, guided, null + scales[index] * (output[guided] - null))
+            else:
+                output = self._predict(x_t, timesteps, own, unguided)
             x_t = sampler.step(output, index, x_t, draws)
         return x_t
+
+    def _guidance_scales(self, configs: list[GenerationConfig], timesteps: list[float]) -> Tensor:
+        """(steps, G): 1 = none, outside of a row's interval (arXiv 2404.07724)."""
+        scale = torch.tensor([config.guidance_scale for config in configs], dtype=torch.float64)
+        intervals = torch.tensor([config.guidance_interval for config in configs], dtype=torch.float64).view(-1, 2)
+        times = torch.tensor(timesteps, dtype=torch.float64)[:, None] / self.process.num_train_timesteps  # (steps, 1)
+        inside = (intervals[:, 0] <= times) & (times <= intervals[:, 1])
+        return torch.where(inside, scale, 1.0)
+
+    def _image_view(self, cache: KVCache) -> CacheView:
+        """Of one image behind what each row has, its patches beside the cache."""
+        return cache.view(self.model.seen_together(cache.lengths[:, None].expand(-1, self.P)), write=False)
+
+    def _predict(self, x_t: Tensor, timesteps: Tensor, images: Tensor, view: CacheView) -> Tensor:
+        """What the network says of (R, C, h, w), the image `images[n]` of them behind row n of the cache."""
+        patches, skip = self.model.patch_encoder(x_t, timesteps)  # (R, P, D); knows no text: once for both its rows
+        hidden = self.model.transformer(patches[images], self._positions(view.index), cache=view)
+        output = self.model.patch_decoder(hidden, tuple(part[images] for part in skip), timesteps[images])
+        return output.to(x_t.dtype)
 
     def _to_pictures(self, x_0: Tensor) -> list[PILImage.Image]:
         pixels = self.image_tokenizer.decode(x_0)  # (R, 3, H, W) in [-1, 1]

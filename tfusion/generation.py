@@ -90,9 +90,20 @@ class Generator:
         """How many positions each request's rows may take; raises ValueError for one that cannot be met."""
         limits = []
         for number, request in zip(numbers or range(len(requests)), requests, strict=True):
+            self._check_kind(number, request)
             Sampler(self.process, request.config.sampler, request.config.num_inference_steps)
             limits.append(self._limit(number, request))
         return limits
+
+    def _check_kind(self, number: int, request: Request) -> None:
+        """Refuse what this model does not read or predict."""
+        pictures = request.generate != "text" or any(not isinstance(segment, str) for segment in request.segments)
+        if pictures and self.model.latent_shape is None:
+            raise ValueError(f"request {number} has to do with images, of which the model knows nothing: ask for text")
+        if request.generate != "image" and self.model.text_head is None:
+            raise ValueError(
+                f"request {number} asks for {request.generate!r}, but the model predicts no text: ask for an image"
+            )
 
     def _prompt(self, request: Request) -> Content:
         prompt: Content = [BOS_ID]

@@ -28,6 +28,8 @@ class GenerationConfig:
         sampler: diffusion sampler; None = `ddpm` (the paper's) for a DDPM process, `euler` for a flow.
         num_inference_steps: network evaluations an image (paper: 250).
         guidance_scale: classifier-free guidance; 1 = off, one forward instead of two (paper: 5, or 3 in ablations).
+        guidance_interval: where guidance acts, in fractions of the noise range, 0 = clean, 1 = noise; outside, the null
+            row is not computed (Kynkaanniemi et al. 2024, arXiv 2404.07724).
         temperature: of text sampling; 0 = greedy.
         top_k: keep the k likeliest tokens; None = all.
         top_p: keep the smallest set of tokens with this much probability; None = all.
@@ -38,6 +40,7 @@ class GenerationConfig:
     sampler: SamplerName | None = None
     num_inference_steps: int = 250
     guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -53,6 +56,11 @@ class GenerationConfig:
         for name in ("num_inference_steps", "max_new_tokens", "max_new_images"):
             require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number >= 1")
         require("guidance_scale", _is_number(self.guidance_scale) and self.guidance_scale >= 0, "a number >= 0")
+        interval = self.guidance_interval
+        fits = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(_is_number, interval))
+        fits = fits and 0 <= interval[0] <= interval[1] <= 1
+        require("guidance_interval", fits, "two numbers with 0 <= low <= high <= 1, such as [0.1, 0.7]")
+        object.__setattr__(self, "guidance_interval", tuple(map(float, interval)))
         require(
             "temperature",
             _is_number(self.temperature) and self.temperature >= 0,

@@ -78,7 +78,7 @@ def naive(model: Transfusion, batch: Batch, x_t: Tensor, timesteps: Tensor) -> t
                 vectors.append(model.embedding.weight[batch.token_ids[b, t]])
             else:
                 n = patches_before[slot] = patches_before.get(slot, -1) + 1
-                vectors.append(model.patch_encoder(x_t[slot : slot + 1], timesteps[slot : slot + 1])[0, n])
+                vectors.append(model.patch_encoder(x_t[slot : slot + 1], timesteps[slot : slot + 1])[0][0, n])
         rows.append(torch.stack(vectors))
     mask = loop_mask(batch.document_ids, batch.image_ids, batch.hidden)[:, None]
     x = model.transformer(torch.stack(rows), batch.position_ids, mask)
@@ -86,7 +86,7 @@ def naive(model: Transfusion, batch: Batch, x_t: Tensor, timesteps: Tensor) -> t
     for slot in range(len(x_t)):
         at = (batch.image_ids == slot).nonzero()
         if len(at):
-            outputs[slot] = model.patch_decoder(x[at[:, 0], at[:, 1]][None])[0]
+            outputs[slot] = model.patch_decoder(x[at[:, 0], at[:, 1]][None], (), timesteps[slot : slot + 1])[0]
     return model.text_head(x).view(-1, V), outputs
 
 

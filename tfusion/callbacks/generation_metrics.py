@@ -132,6 +132,8 @@ class GenerationMetrics(pl.Callback):
                 f"generation_metrics are asked for, but {type(pl_module).__name__} generates nothing: "
                 "leave networks, num_captions and num_scenes out"
             )
+        if self.num_captions and not pl_module.predicts_text:
+            raise ValueError("generation_metrics.num_captions is set, but the model predicts no text: leave it out")
         if self.num_scenes and not any(isinstance(corpus, Shapes) for corpus in corpora):
             raise ValueError(
                 "generation_metrics.num_scenes is set, but no corpus is tfusion.data.Shapes, whose scenes alone can be "

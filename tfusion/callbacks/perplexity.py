@@ -23,7 +23,7 @@ class Perplexity(L.Callback):
     Counted are text tokens and EOS, never BOI; before an image (captions alone) neither BOI nor EOS. Logged:
     `val/<view>/perplexity`, `val/<view>/bits_per_byte`, `val/<corpus>/diffusion_loss`, the same by quarter of the
     noise range (`_t0-250`, ...), `val/text_loss` (over the tokens of all views), `val/diffusion_loss`, and `val/loss` =
-    text loss + diffusion loss weight x diffusion loss.
+    text loss + diffusion loss weight x diffusion loss; nothing of what the model or the data lacks.
 
     `findings` holds them with the tokens or images they are of and standard errors, as if these were independent:
     those of perplexity and bits per byte by the delta method, at the text's number of bytes.
@@ -39,7 +39,8 @@ class Perplexity(L.Callback):
         data, device = trainer.datamodule, pl_module.device
         sizes = token_bytes(data.tokenizer)
         images = [view for view in data.val_views if view + GIVEN_IMAGE in data.val_views]
-        self.text = {view: TextLoss(sizes).to(device) for view in data.val_views}
+        predicted = data.val_views if pl_module.predicts_text else []
+        self.text = {view: TextLoss(sizes).to(device) for view in predicted}
         self.image = {view: DiffusionLoss().to(device) for view in images}
         self.quarters = {view: [DiffusionLoss().to(device) for _ in range(NUM_QUARTERS)] for view in images}
         self._start = self._end = time.monotonic()
@@ -56,8 +57,6 @@ class Perplexity(L.Callback):
         if dataloader_idx >= len(trainer.datamodule.val_views):
             return  # of ranked choice
         view = trainer.datamodule.val_views[dataloader_idx]
-        if view not in self.text:
-            return
         labels = outputs["labels"]
         counted = labels >= NUM_SPECIAL_IDS
         if view in self.image:
@@ -68,12 +67,13 @@ class Perplexity(L.Callback):
                 loss.update(errors, valid & (quarter == number))
         else:
             counted = counted | (labels == EOS_ID)
-        self.text[view].update(outputs["nll"], labels, counted)
+        if view in self.text:
+            self.text[view].update(outputs["nll"], labels, counted)
         self._end = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sum over ranks, log and keep."""
-        if not self.text:
+        if not self.text and not self.image:
             return
         found: list[Measurement] = []
         nats = tokens = nats_squares = total = images = squares = 0.0
@@ -96,11 +96,11 @@ class Perplexity(L.Callback):
         weight = pl_module.diffusion_loss_weight
         known = [error * scale for error, scale in zip(errors, (1.0, weight), strict=True) if error is not None]
         loss_error = math.hypot(*known) if known else None
-        found += [
-            Measurement("val/text_loss", text_loss, int(tokens), standard_error=errors[0]),
-            Measurement("val/diffusion_loss", diffusion_loss, int(images), standard_error=errors[1]),
-            Measurement("val/loss", text_loss + weight * diffusion_loss, int(tokens + images), "", loss_error),
-        ]
+        if self.text:
+            found.append(Measurement("val/text_loss", text_loss, int(tokens), standard_error=errors[0]))
+        if self.image:
+            found.append(Measurement("val/diffusion_loss", diffusion_loss, int(images), standard_error=errors[1]))
+        found.append(Measurement("val/loss", text_loss + weight * diffusion_loss, int(tokens + images), "", loss_error))
         metrics = {one.name: one.value for one in found}
         self.findings = Findings([one for one in found if one.n], [], {"losses": self._end - self._start})
         log_validation(trainer, pl_module, metrics)

@@ -20,7 +20,7 @@ class Sizes(Protocol):
 
     max_seq_len: int
     num_patches: int
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int] | None
     model_vocab_size: int
     image_tokenizer: Any
 
@@ -91,6 +91,11 @@ def row_shape(seq_len: int, image_size: int | None, max_images_per_row: int | No
         raise ValueError(
             f"data.seq_len {seq_len} is longer than the model's max_seq_len {sizes.max_seq_len}: make them equal"
         )
+    if image_size is not None and sizes.latent_shape is None:
+        raise ValueError(
+            "data.image_corpora are given, but the model has no latent_shape, so it is one of text alone: leave them "
+            "out (in an overlay: data.image_corpora null), or give the model a latent_shape and patch_size"
+        )
     latents = None if image_size is None else tuple(sizes.image_tokenizer.latent_shape(image_size))
     if latents is not None and latents != sizes.latent_shape:
         raise ValueError(
@@ -105,7 +110,9 @@ def row_shape(seq_len: int, image_size: int | None, max_images_per_row: int | No
         )
     slots = most if max_images_per_row is None else max_images_per_row
     image_shape = None if image_size is None else (3, image_size, image_size)
-    return RowShape(seq_len, sizes.num_patches, slots if image_size else 0, sizes.latent_shape, image_shape)
+    return RowShape(
+        seq_len, sizes.num_patches, slots if image_size else 0, sizes.latent_shape or (0, 0, 0), image_shape
+    )
 
 
 def drop_long_captions(

@@ -268,20 +268,22 @@ class MultimodalDataModule(L.LightningDataModule):
     def sample_requests(self, num_images: int, num_captions: int, num_texts: int) -> list[Request]:
         """Fixed requests to look at during training, from the first training pictures and held-out text."""
         defaults = self.trainer.lightning_module.generation
+        reads_back = self.trainer.lightning_module.predicts_text
         requests: list[dict[str, Any]] = []
         if self.image_corpora:
             pictures = self.mixture.images.pictures
             first = [pictures[i] for i in range(min(len(pictures), max(num_images, num_captions)))]
             captions = [picture.captions[0] for picture in first[:num_images]]
             requests += [{"segments": [c], "generate": "image", "seed": i} for i, c in enumerate(captions)]
-            requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions]]
+            requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions] if reads_back]
         lines = (
             line
             for corpus in self.text_corpora
             for text in corpus.load("val") or load_split(corpus, "train")
             for line in text.splitlines()
         )
-        openings = islice((f"{line}\n"[: max(31, self.seq_len // 4)] for line in lines if len(line) > 30), num_texts)
+        openings = (f"{line}\n"[: max(31, self.seq_len // 4)] for line in lines if len(line) > 30)
+        openings = islice(openings, num_texts if reads_back else 0)
         text = {"generate": "text", "temperature": 0.8, "top_p": 0.95}
         requests += [{"segments": [opening], "seed": i, **text} for i, opening in enumerate(openings)]
         return [parse_request(request, defaults) for request in requests]

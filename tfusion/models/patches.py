@@ -3,6 +3,9 @@
 Patches are k x k windows in raster order, left to right, top to bottom. The timestep enters here and nowhere else:
 its embedding is added to each patch vector (footnote 6). The trunk has no adaptive norms.
 
+Every encoder gives patch vectors and what its decoder wants to see of the way down (`Skip`; the linear one nothing),
+every decoder takes patch vectors, that, and the timesteps.
+
 Legend: I images, C, h, w latent channels and size, k patch side, P = (h / k) (w / k) patches, D width.
 """
 
@@ -12,6 +15,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+Skip = tuple[Tensor, ...]
 
 
 def num_patches(latent_shape: tuple[int, int, int], patch_size: int) -> int:
@@ -71,11 +76,11 @@ class LinearPatchEncoder(nn.Module):
         self.timestep = TimestepEmbedding(dim)
         self.positions = nn.Embedding(num_patches(latent_shape, patch_size), dim) if positions else None
 
-    def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """(I, C, h, w), (I,) -> (I, P, D)."""
+    def forward(self, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]:
+        """(I, C, h, w), (I,) -> (I, P, D), nothing to skip."""
         patches = patchify(x_t, self.patch_size).to(self.proj.weight.dtype)  # (I, P, C k k)
         vectors = self.proj(patches) + self.timestep(timesteps)[:, None]
-        return vectors if self.positions is None else vectors + self.positions.weight
+        return vectors if self.positions is None else vectors + self.positions.weight, ()
 
 
 class LinearPatchDecoder(nn.Module):
@@ -86,6 +91,6 @@ class LinearPatchDecoder(nn.Module):
         self.latent_shape, self.patch_size = latent_shape, patch_size
         self.proj = nn.Linear(dim, latent_shape[0] * patch_size**2)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(I, P, D) -> (I, C, h, w)."""
+    def forward(self, hidden: Tensor, skip: Skip, timesteps: Tensor) -> Tensor:
+        """(I, P, D) -> (I, C, h, w); the others are for decoders that look back."""
         return unpatchify(self.proj(hidden), self.latent_shape, self.patch_size)

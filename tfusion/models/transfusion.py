@@ -2,12 +2,15 @@
 
 Unusual here: heads run only where something is wanted (logits at labelled positions, latents at patches); everything
 but N is of static shape; parameters are made on the meta device and filled once, by `materialize`.
-The model knows no data, no diffusion process and no loss.
+The model knows no data, no diffusion process and no loss. The same trunk without images is a language model, without
+the text head a model of diffusion alone that reads captions: what Transfusion is compared with.
 
 Legend: B rows, T positions, D width, I image slots, P patches, C, h, w latent size, V vocabulary, N labelled positions.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +29,8 @@ class Transfusion(nn.Module):
 
     Args:
         vocab_size: V, the 5 special ids and the tokenizer's.
-        latent_shape: (C, h, w) of what is noised: pixels (3, H, W) or an autoencoder's latents.
-        patch_size: k, side of a patch in latent pixels (paper: 2, on 8 x 32 x 32 latents).
+        latent_shape: (C, h, w) of what is noised: pixels (3, H, W) or an autoencoder's latents; None = text only.
+        patch_size: k, side of a patch in latent pixels (paper: 2, on 8 x 32 x 32 latents); None where no images are.
         dim: D.
         num_layers: blocks.
         num_heads: query heads.
@@ -36,6 +39,8 @@ class Transfusion(nn.Module):
         max_seq_len: T, the longest sequence (paper: 4096).
         patch_positions: add a learned vector for each place in the image to its patches. The paper names none (rotary
             positions alone tell places apart); BAGEL has a table. Small models learn faster with it (LOG.md).
+        image_attention: inside an image, `bidirectional` (the paper's) or `causal` (its table 5).
+        predict_text: False = no text head: captions are read, not predicted.
         qk_norm: RMSNorm on queries and keys (not the paper's; BAGEL and SD3 add it for stability).
         rope_theta: base of the rotary frequencies.
         norm_eps: of every RMSNorm.
@@ -44,14 +49,14 @@ class Transfusion(nn.Module):
             there: less memory, a third more time.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or a model that predicts nothing.
     """
 
     def __init__(
         self,
         vocab_size: int,
-        latent_shape: tuple[int, int, int],
-        patch_size: int,
+        latent_shape: tuple[int, int, int] | None,
+        patch_size: int | None,
         dim: int,
         num_layers: int,
         num_heads: int,
@@ -59,6 +64,8 @@ class Transfusion(nn.Module):
         hidden_dim: int | None = None,
         max_seq_len: int = 4096,
         patch_positions: bool = False,
+        image_attention: Literal["bidirectional", "causal"] = "bidirectional",
+        predict_text: bool = True,
         qk_norm: bool = False,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
@@ -66,13 +73,22 @@ class Transfusion(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        latent_shape = tuple(latent_shape)
+        latent_shape = None if latent_shape is None else tuple(latent_shape)
+        if (latent_shape is None) != (patch_size is None):
+            raise ValueError(f"got latent_shape {latent_shape} and patch_size {patch_size}: give both, or null twice")
+        if latent_shape is None and not predict_text:
+            raise ValueError("got no latent_shape and predict_text false: such a model predicts nothing")
+        if image_attention not in ("bidirectional", "causal"):
+            raise ValueError(f"got image_attention {image_attention!r}, expected 'bidirectional' or 'causal'")
         self.vocab_size, self.latent_shape, self.patch_size = vocab_size, latent_shape, patch_size
         self.max_seq_len, self.attention_backend = max_seq_len, attention_backend
-        self.num_patches = num_patches(latent_shape, patch_size)
+        self.image_attention = image_attention
+        self.num_patches = 0 if latent_shape is None else num_patches(latent_shape, patch_size)
         with torch.device("meta"):  # shapes only; `materialize` fills them in
             self.embedding = nn.Embedding(vocab_size, dim)
-            self.patch_encoder = LinearPatchEncoder(latent_shape, patch_size, dim, patch_positions)
+            self.patch_encoder, self.patch_decoder = None, None
+            if latent_shape is not None:
+                self.patch_encoder = LinearPatchEncoder(latent_shape, patch_size, dim, patch_positions)
             self.transformer = Transformer(
                 dim,
                 num_layers,
@@ -85,36 +101,51 @@ class Transfusion(nn.Module):
                 norm_eps,
                 activation_checkpointing,
             )
-            self.text_head = nn.Linear(dim, vocab_size, bias=False)
-            self.patch_decoder = LinearPatchDecoder(latent_shape, patch_size, dim)
+            self.text_head = nn.Linear(dim, vocab_size, bias=False) if predict_text else None
+            if latent_shape is not None:
+                self.patch_decoder = LinearPatchDecoder(latent_shape, patch_size, dim)
 
-    def forward(self, batch: Batch, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, x_t: Tensor | None, timesteps: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """One training forward.
 
         Args:
             batch: packed rows.
-            x_t: (I, C, h, w) noised latents, zeros in empty slots.
+            x_t: (I, C, h, w) noised latents, zeros in empty slots; None and None for a model of text alone.
             timesteps: (I,) in [0, 1000], 0 = clean.
 
         Returns:
-            logits (N, V) at the labelled positions, and the network's output (I, C, h, w) for the images.
+            logits (N, V) at the labelled positions, and the network's output (I, C, h, w) for the images; None for
+            what the model does not predict.
         """
         B, T = batch.token_ids.shape
+        x = self.embedding(batch.token_ids) * (batch.image_ids < 0)[:, :, None]  # (B, T, D)
+        mask = training_mask(
+            batch.document_ids, self.seen_together(batch.image_ids), batch.hidden, self.attention_backend
+        )
+        if self.patch_encoder is None:
+            x = self.transformer(x, batch.position_ids, mask).view(B * T, -1)
+            return self.text_head(x.index_select(0, batch.text_positions)), None
+
         images, P = batch.image_valid.numel(), self.num_patches
         # Empty slots add zeros at position 0, so that shapes stay fixed and no parameter goes unused.
         start = torch.where(batch.image_valid, batch.image_rows * T + batch.image_starts, 0)
         offsets = torch.arange(P, device=start.device)
         at_patches = (start[:, None] + offsets * batch.image_valid[:, None]).view(-1)  # (I P,) flat positions
 
-        patches = self.patch_encoder(x_t, timesteps) * batch.image_valid[:, None, None]  # (I, P, D)
-        tokens = self.embedding(batch.token_ids) * (batch.image_ids < 0)[:, :, None]  # (B, T, D)
-        x = tokens.view(B * T, -1).index_add(0, at_patches, patches.flatten(0, 1).to(tokens.dtype))
-        mask = training_mask(batch.document_ids, batch.image_ids, batch.hidden, self.attention_backend)
+        patches, skip = self.patch_encoder(x_t, timesteps)
+        patches = patches * batch.image_valid[:, None, None]  # (I, P, D)
+        x = x.view(B * T, -1).index_add(0, at_patches, patches.flatten(0, 1).to(x.dtype))
         x = self.transformer(x.view(B, T, -1), batch.position_ids, mask).view(B * T, -1)
 
-        logits = self.text_head(x.index_select(0, batch.text_positions))  # (N, V)
+        logits = None if self.text_head is None else self.text_head(x.index_select(0, batch.text_positions))  # (N, V)
         hidden = x.index_select(0, at_patches).unflatten(0, (images, P))  # (I, P, D)
-        return logits, self.patch_decoder(hidden)
+        return logits, self.patch_decoder(hidden, skip, timesteps)
+
+    def seen_together(self, image_ids: Tensor) -> Tensor:
+        """(B, T) image ids as the mask wants them: none where attention inside an image is causal."""
+        return image_ids if self.image_attention == "bidirectional" else torch.full_like(image_ids, -1)
 
     def make_cache(self, num_rows: int, capacity: int) -> KVCache:
         """An empty cache for `num_rows` sequences of up to `capacity` positions, in the weights' type."""

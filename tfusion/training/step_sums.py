@@ -39,16 +39,19 @@ def micro_batch_sums(batch: Batch, losses: Tensor, errors: Tensor, timesteps: Te
     return torch.cat([losses.detach(), data, by_quarter.flatten()])
 
 
-def metrics_of(sums: Tensor, num_timesteps: int, diffusion_loss_weight: float) -> dict[str, float]:
-    """What is logged, from the global sums; waits for the device."""
-    text_loss, diffusion_loss, used, images, positions, *by_quarter = sums.tolist()
+def metrics_of(
+    sums: Tensor, num_timesteps: int, diffusion_loss_weight: float, text: bool = True, images: bool = True
+) -> dict[str, float]:
+    """What is logged, from the global sums, of a model that predicts `text` and `images`; waits for the device."""
+    text_loss, diffusion_loss, used, num_images, positions, *by_quarter = sums.tolist()
+    losses = {"train/text_loss": text_loss} if text else {}
+    losses |= {"train/diffusion_loss": diffusion_loss} if images else {}
     metrics = {
         "train/loss": text_loss + diffusion_loss_weight * diffusion_loss,
-        "train/text_loss": text_loss,
-        "train/diffusion_loss": diffusion_loss,
+        **losses,
         "train/utilization": used / positions,
         "train/positions": used,
-        "train/images": images,
+        "train/images": num_images,
     }
     for q in range(NUM_QUARTERS):
         total, count = by_quarter[q], by_quarter[NUM_QUARTERS + q]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
@@ -36,7 +36,8 @@ class TransfusionModule(TrainedModule):
 
     Args:
         model: the multimodal transformer.
-        noise_scheduler: diffusers' `DDPMScheduler` (the paper's) or `FlowMatchEulerDiscreteScheduler`.
+        noise_scheduler: diffusers' `DDPMScheduler` (the paper's) or `FlowMatchEulerDiscreteScheduler`; None only where
+            the model makes no images.
         image_tokenizer: pixels <-> latents, frozen; pixels as they are by default.
         prediction_type: what the network predicts (paper: epsilon).
         timestep_sampling: distribution of timesteps (paper: uniform; Stable Diffusion 3: logit_normal).
@@ -57,7 +58,7 @@ class TransfusionModule(TrainedModule):
     def __init__(
         self,
         model: Transfusion,
-        noise_scheduler: SchedulerMixin,
+        noise_scheduler: SchedulerMixin | None = None,
         image_tokenizer: ImageTokenizer | None = None,
         prediction_type: PredictionType = "epsilon",
         timestep_sampling: TimestepSampling = "uniform",
@@ -77,8 +78,18 @@ class TransfusionModule(TrainedModule):
         optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
         super().__init__(model, image_tokenizer, *optimizer, ema, seed)
         pixels = isinstance(self.image_tokenizer, PixelTokenizer)
+        if noise_scheduler is None and model.latent_shape is not None:
+            raise ValueError(
+                "got no noise_scheduler for a model of images: give diffusers.DDPMScheduler (the paper's, as in "
+                "configs/transfusion.yaml) or diffusers.FlowMatchEulerDiscreteScheduler"
+            )
         self.process = NoiseProcess(
-            noise_scheduler, prediction_type, timestep_sampling, logit_mean, logit_std, latents_are_pixels=pixels
+            noise_scheduler or FlowMatchEulerDiscreteScheduler(),  # (of a model of text alone: there is no noise)
+            prediction_type,
+            timestep_sampling,
+            logit_mean,
+            logit_std,
+            latents_are_pixels=pixels,
         )
         self.diffusion_loss_weight = diffusion_loss_weight
         self.generation = generation or GenerationConfig()
@@ -86,6 +97,9 @@ class TransfusionModule(TrainedModule):
         self.step_sums: Tensor | None = None
         self._blank: list[Transfusion] = []  # under FSDP2 one, on meta: in a list, so not a part of this module
         self._whole: list[Transfusion] = []  # while predicting, what generates
+
+    predicts_text = property(lambda self: self.model.text_head is not None)
+    predicts_images = property(lambda self: self.model.latent_shape is not None)
 
     def architecture(self) -> dict[str, Any]:
         """What weights depend on and their shapes do not show."""
@@ -123,6 +137,10 @@ class TransfusionModule(TrainedModule):
 
     def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each label (N,) and each image (I,), with the images' timesteps (I,) and which of them count (I,)."""
+        if model.latent_shape is None:
+            logits, _ = model(batch, None, None)
+            nothing = batch.noise_limits.new_zeros(0)
+            return token_nll(logits, batch.text_labels), nothing, nothing, nothing.bool()
         clean = batch.noise_limits == 0  # given, not predicted: no loss
         with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
             x_0 = batch.latents
@@ -133,7 +151,9 @@ class TransfusionModule(TrainedModule):
             x_t = self.process.add_noise(x_0, batch.noise, timesteps, clean)
             target = self.process.target(x_0, batch.noise, timesteps)
         logits, model_output = model(batch, x_t, timesteps)
-        nll = token_nll(logits, batch.text_labels)
+        nll = model_output.new_zeros(batch.text_labels.shape, dtype=torch.float32)  # captions read, not predicted
+        if logits is not None:
+            nll = token_nll(logits, batch.text_labels)
         return nll, image_mse(model_output, target, valid & ~clean), timesteps, valid
 
     def _finite(self, x_0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -150,7 +170,8 @@ class TransfusionModule(TrainedModule):
         sums = self.step_sums.clone()
         if self.trainer.world_size > 1:
             dist.all_reduce(sums)
-        metrics = metrics_of(sums, self.process.num_train_timesteps, self.diffusion_loss_weight)
+        kinds = {"text": self.predicts_text, "images": self.predicts_images}
+        metrics = metrics_of(sums, self.process.num_train_timesteps, self.diffusion_loss_weight, **kinds)
         metrics["train/grad_norm"] = float(self.grad_norm)
         metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]
         return metrics
