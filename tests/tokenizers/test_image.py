@@ -200,7 +200,8 @@ def test_the_fingerprint_is_of_what_latents_mean(folder: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("norm_type", ["group", "spatial"])
 def test_vq_ids_are_those_of_a_loop_and_decode_as_diffusers_does(tmp_path: Path, norm_type: str) -> None:
-    path = _save_vq(tmp_path, norm_type=norm_type, block_out_channels=(32, 32))  # SpatialNorm has 32 groups
+    changes = {"block_out_channels": (32, 32), "latent_channels": 3}  # what SpatialNorm and its caller need
+    path = _save_vq(tmp_path, norm_type=norm_type, **changes)
     tokenizer, images = VQTokenizer(path, chunk_size=2), _images()
     vq = VQModel.from_pretrained(path).eval()
     with torch.no_grad():
