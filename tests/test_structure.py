@@ -45,6 +45,7 @@ TIERS = [
         "training.step_sums",
         "training.validation_log",
     },
+    {"training.warm_start"},
     {"training.base", "report"},
     {"training.transfusion", "training.reference_encoder", "callbacks"},
     {"loading"},

@@ -29,6 +29,7 @@ from tfusion.training.base import TrainedModule
 from tfusion.training.compatibility import architecture_of
 from tfusion.training.parallel import check_strategy, shard, whole_model
 from tfusion.training.step_sums import metrics_of, micro_batch_sums
+from tfusion.training.warm_start import InitFrom
 
 
 class TransfusionModule(TrainedModule):
@@ -53,6 +54,7 @@ class TransfusionModule(TrainedModule):
         ema: keep an average of the weights for evaluation (BAGEL, JanusFlow; the paper does not say).
         generation: default settings for samples and predictions.
         seed: of the initial weights.
+        init_from: another run, whose weights a fresh `fit` starts from; None = from random weights.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class TransfusionModule(TrainedModule):
         ema: bool = True,
         generation: GenerationConfig | None = None,
         seed: int = 0,
+        init_from: InitFrom | None = None,
     ) -> None:
         optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
-        super().__init__(model, image_tokenizer, *optimizer, ema, seed)
+        super().__init__(model, image_tokenizer, *optimizer, ema, seed, init_from)
         pixels = isinstance(self.image_tokenizer, PixelTokenizer)
         if noise_scheduler is None and model.latent_shape is not None:
             raise ValueError(
