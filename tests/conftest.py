@@ -13,10 +13,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from tests.reference.ids import BlockIds
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.datamodule import MultimodalDataModule
+from tfusion.models.chameleon import Chameleon
 from tfusion.models.transfusion import Transfusion
 from tfusion.tokenizers import TextTokenizer
+from tfusion.training.chameleon import ChameleonModule
 from tfusion.training.transfusion import TransfusionModule
 
 IMAGE_SIZE = 8
@@ -115,6 +118,20 @@ def tiny_module() -> Callable[..., TransfusionModule]:
             scheduler = FlowMatchEulerDiscreteScheduler()
         settings = {"lr": 1e-2, "warmup_steps": 2} | settings
         return TransfusionModule(model, scheduler, prediction_type=prediction_type, **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_chameleon() -> Callable[..., ChameleonModule]:
+    """`tiny_chameleon(**settings)`: fp32, 8 x 8 pixels as 4 of 27 ids, T = 64; settings as `tiny_module`."""
+    sizes = {"vocab_size": BYTES_VOCAB_SIZE, "codebook_size": 27, "latent_shape": (1, 2, 2)}
+    sizes |= {"dim": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 64}
+
+    def make(**settings: Any) -> ChameleonModule:
+        of_model = inspect.signature(Chameleon).parameters
+        model = Chameleon(**(sizes | {name: settings.pop(name) for name in of_model if name in settings}))
+        return ChameleonModule(model, **({"image_tokenizer": BlockIds(4, 3), "lr": 1e-2, "warmup_steps": 2} | settings))
 
     return make
 

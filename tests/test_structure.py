@@ -17,7 +17,17 @@ TIERS = [
     {"randomness"},
     {"sequence", "diffusion"},
     {"pictures", "samplers", "models.attention", "models.kv_cache", "models.transformer", "models.patches", "losses"},
-    {"token_sampling", "requests", "models.transfusion", "models.reference_encoder", "tokenizers"},
+    {
+        "token_sampling",
+        "requests",
+        "models.base",
+        "models.transfusion",
+        "models.chameleon",
+        "models.reference_encoder",
+        "tokenizers",
+    },
+    {"rows"},
+    {"denoising", "image_tokens"},
     {"decoding"},
     {"generation", "data.corpora", "data.order"},
     {
@@ -46,15 +56,15 @@ TIERS = [
         "training.validation_log",
     },
     {"training.warm_start"},
-    {"training.base", "report"},
-    {"training.transfusion", "training.reference_encoder", "callbacks"},
+    {"training.base", "training.multimodal", "report"},
+    {"training.transfusion", "training.chameleon", "training.reference_encoder", "callbacks"},
     {"loading"},
     {"__main__"},
     {"bench"},
 ]
 # A package's own pieces may import each other.
 FAMILIES = ("tokenizers", "metrics", "callbacks", "report", "bench", "models", "training", "data.shapes")
-FIRST_WITH_LIGHTNING = 13
+FIRST_WITH_LIGHTNING = 15
 
 
 def module_of(path: Path) -> str:

@@ -12,6 +12,8 @@ _HOMES = {
     "load": "tfusion.loading",
     "Transfusion": "tfusion.models.transfusion",
     "TransfusionModule": "tfusion.training.transfusion",
+    "Chameleon": "tfusion.models.chameleon",
+    "ChameleonModule": "tfusion.training.chameleon",
     "MultimodalDataModule": "tfusion.data.datamodule",
     "Generator": "tfusion.generation",
     "Request": "tfusion.requests",

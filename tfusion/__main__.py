@@ -41,6 +41,7 @@ from tfusion.callbacks.writer import PredictionWriter
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.training import run_folder
 from tfusion.training.base import TrainedModule
+from tfusion.training.chameleon import ChameleonModule  # noqa: F401 (so that YAML may name it, as --help does)
 from tfusion.training.compatibility import check_state_dict
 from tfusion.training.parallel import check_strategy
 from tfusion.training.transfusion import TransfusionModule  # noqa: F401 (so that YAML may name it, as --help does)

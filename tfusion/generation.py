@@ -1,4 +1,4 @@
-"""Mixed-modal decoding (Transfusion §3, "Inference"): text token by token, images by denoising, switching at BOI.
+"""Mixed-modal decoding (Transfusion §3, "Inference"): text token by token, images as the model makes them, from BOI on.
 
 This file turns requests into prompts and checks them; `decoding.py` runs them.
 """
@@ -11,24 +11,26 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from tfusion.decoding import Content, Decoding, Sample
+from tfusion.decoding import Decoding, ImageMaker
+from tfusion.denoising import Denoiser
 from tfusion.diffusion import NoiseProcess
-from tfusion.models.transfusion import Transfusion
+from tfusion.image_tokens import IdSampler
+from tfusion.models.base import MultimodalModel
 from tfusion.pictures import fit_square
 from tfusion.randomness import generator
 from tfusion.requests import Generation, Request
-from tfusion.samplers import Sampler
+from tfusion.rows import Content, Sample
 from tfusion.sequence import BOI_ID, BOS_ID, EOI_ID
 from tfusion.tokenizers import ImageTokenizer, TextTokenizer
 
 
-def bf16_copy(model: Transfusion) -> Transfusion:
+def bf16_copy(model: MultimodalModel) -> MultimodalModel:
     """A copy with bf16 weights and fp32 tables: what generation runs on where training is bf16-mixed."""
     halves = {id(p): torch.nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, halves)  # so that no second fp32 copy is ever there
 
 
-def by_columns(model: Transfusion) -> Transfusion:
+def by_columns(model: MultimodalModel) -> MultimodalModel:
     """The same model with its matrices laid out by columns: in fp32 a CPU multiplies one vector 1.3 x faster so.
 
     Only the linear layers are copied; all else is shared with the model.
@@ -46,21 +48,22 @@ class Generator:
 
     Args:
         model: weights of one type, no autocast (`bf16_copy` for bf16).
-        process: what the model was trained with.
+        process: what the model was trained with; None for a Chameleon, whose images are ids.
         text_tokenizer, image_tokenizer: the model's.
     """
 
     def __init__(
         self,
-        model: Transfusion,
-        process: NoiseProcess,
+        model: MultimodalModel,
+        process: NoiseProcess | None,
         text_tokenizer: TextTokenizer,
         image_tokenizer: ImageTokenizer,
     ) -> None:
-        self.model, self.process = model, process
+        self.model = model
+        self.images: ImageMaker = IdSampler(model) if process is None else Denoiser(model, process)
         self.text_tokenizer, self.image_tokenizer = text_tokenizer, image_tokenizer
         self.device = model.embedding.weight.device
-        # states of the diffusion stay in fp32 at least
+        # latents stay in fp32 at least
         self.dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
 
     @torch.no_grad()
@@ -72,7 +75,7 @@ class Generator:
             numbers: what the requests are called; None = 0, 1, ...
 
         Raises:
-            ValueError: a prompt that leaves no room, or a sampler that the process does not have; before any work.
+            ValueError: a prompt that leaves no room, or settings that the model does not have; before any work.
         """
         numbers = list(range(len(requests))) if numbers is None else numbers
         limits = self.check(requests, numbers)
@@ -83,7 +86,7 @@ class Generator:
                 draws = generator("tokens", request.seed, sample)
                 rows.append(Sample(number, sample, request, prompt, limit, draws))
         if rows:
-            Decoding(self.model, self.process, self.text_tokenizer, self.image_tokenizer, rows).run()
+            Decoding(self.model, self.images, self.text_tokenizer, self.image_tokenizer, rows).run()
         return [Generation(row.number, row.sample, tuple(row.segments)) for row in rows]
 
     def check(self, requests: list[Request], numbers: list[int] | None = None) -> list[int]:
@@ -91,7 +94,7 @@ class Generator:
         limits = []
         for number, request in zip(numbers or range(len(requests)), requests, strict=True):
             self._check_kind(number, request)
-            Sampler(self.process, request.config.sampler, request.config.num_inference_steps)
+            self.images.check(request.config)
             limits.append(self._limit(number, request))
         return limits
 
@@ -100,7 +103,12 @@ class Generator:
         pictures = request.generate != "text" or any(not isinstance(segment, str) for segment in request.segments)
         if pictures and self.model.latent_shape is None:
             raise ValueError(f"request {number} has to do with images, of which the model knows nothing: ask for text")
-        if request.generate != "image" and self.model.text_head is None:
+        if pictures and isinstance(self.images, IdSampler) and not hasattr(self.image_tokenizer, "codebook_size"):
+            raise ValueError(
+                f"request {number} has to do with images, but the module has no image_tokenizer: ask for text, or give "
+                "it the VQTokenizer"
+            )
+        if request.generate != "image" and not self.model.predicts_text:
             raise ValueError(
                 f"request {number} asks for {request.generate!r}, but the model predicts no text: ask for an image"
             )
@@ -111,7 +119,7 @@ class Generator:
             if isinstance(segment, str):
                 prompt += self.text_tokenizer.encode(segment)
             else:
-                prompt += [BOI_ID, self._latents(segment), EOI_ID]
+                prompt += [BOI_ID, *self.images.content(self._latents(segment)), EOI_ID]
         return prompt
 
     def _latents(self, image: PILImage.Image) -> Tensor:

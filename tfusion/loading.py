@@ -12,13 +12,13 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from tfusion.data.datamodule import MultimodalDataModule
+from tfusion.training.multimodal import MultimodalModule
 from tfusion.training.run_folder import find_checkpoint
-from tfusion.training.transfusion import TransfusionModule
 
 
 def load(
     run: str | os.PathLike[str], checkpoint: str = "last", device: torch.device | str | None = None
-) -> TransfusionModule:
+) -> MultimodalModule:
     """The evaluation-ready module of a run.
 
         model = tfusion.load("runs/quickstart")
@@ -37,7 +37,7 @@ def load(
     settings = read_config(root)
     parser = ArgumentParser()
     parser.add_subclass_arguments(L.LightningModule, "model")
-    module: TransfusionModule = parser.instantiate(parser.parse_object({"model": settings["model"]})).model
+    module: MultimodalModule = parser.instantiate(parser.parse_object({"model": settings["model"]})).model
     state = torch.load(find_checkpoint(root, checkpoint), map_location="cpu", weights_only=True)
     module.materialize(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module.on_load_checkpoint(state)

@@ -26,13 +26,16 @@ class GenerationConfig:
 
     Args:
         sampler: diffusion sampler; None = `ddpm` (the paper's) for a DDPM process, `euler` for a flow.
-        num_inference_steps: network evaluations an image (paper: 250).
-        guidance_scale: classifier-free guidance; 1 = off, one forward instead of two (paper: 5, or 3 in ablations).
+        num_inference_steps: network evaluations an image (paper: 250); not of Chameleon's, which has one an id.
+        guidance_scale: classifier-free guidance; 1 = off, one forward instead of two (paper: 5, or 3 in ablations). Of
+            Chameleon it acts on the logits of image ids.
         guidance_interval: where guidance acts, in fractions of the noise range, 0 = clean, 1 = noise; outside, the null
             row is not computed (Kynkaanniemi et al. 2024, arXiv 2404.07724).
         temperature: of text sampling; 0 = greedy.
         top_k: keep the k likeliest tokens; None = all.
         top_p: keep the smallest set of tokens with this much probability; None = all.
+        image_temperature, image_top_k, image_top_p: the same of image ids, where images are ids (Chameleon); 1, None
+            and None = the model's own distribution.
         max_new_tokens: text tokens generated a request, over all its text segments.
         max_new_images: images generated a request of kind `any`; kind `image` makes one.
     """
@@ -44,6 +47,9 @@ class GenerationConfig:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    image_temperature: float = 1.0
+    image_top_k: int | None = None
+    image_top_p: float | None = None
     max_new_tokens: int = 128
     max_new_images: int = 1
 
@@ -61,13 +67,12 @@ class GenerationConfig:
         fits = fits and 0 <= interval[0] <= interval[1] <= 1
         require("guidance_interval", fits, "two numbers with 0 <= low <= high <= 1, such as [0.1, 0.7]")
         object.__setattr__(self, "guidance_interval", tuple(map(float, interval)))
-        require(
-            "temperature",
-            _is_number(self.temperature) and self.temperature >= 0,
-            "a number >= 0 (0 = greedy)",
-        )
-        require("top_k", self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1), "a whole number >= 1")
-        require("top_p", self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1), "0 < top_p <= 1")
+        for of in ("", "image_"):
+            temperature, top_k, top_p = (getattr(self, of + name) for name in ("temperature", "top_k", "top_p"))
+            positive = _is_number(temperature) and temperature >= 0
+            require(f"{of}temperature", positive, "a number >= 0 (0 = greedy)")
+            require(f"{of}top_k", top_k is None or (_is_int(top_k) and top_k >= 1), "a whole number >= 1")
+            require(f"{of}top_p", top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "0 < top_p <= 1")
 
 
 @dataclass(frozen=True)

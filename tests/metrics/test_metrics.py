@@ -200,8 +200,8 @@ def test_metrics_are_those_of_all_ranks(byte_tokenizer, monkeypatch) -> None:
     callback, metrics = Perplexity(), {}
     data = SimpleNamespace(tokenizer=byte_tokenizer, val_views=["tiles", "tiles/given_image"])
     trainer = SimpleNamespace(datamodule=data, loggers=[], global_step=0, state=SimpleNamespace(fn="fit"))
-    module = SimpleNamespace(device="cpu", diffusion_loss_weight=5.0, log_dict=lambda v, **_: metrics.update(v))
-    module.process = SimpleNamespace(num_train_timesteps=1000)
+    module = SimpleNamespace(device="cpu", predicts_text=True, log_dict=lambda v, **_: metrics.update(v))
+    module.image_measure, module.noise_steps, module.loss_weights = "diffusion_loss", 1000, lambda *_: (1.0, 5.0)
     callback.on_validation_epoch_start(trainer, module)
     outputs = {"nll": torch.tensor([2.0, 2.0]), "labels": torch.tensor([65, 66])}
     outputs |= {"errors": torch.tensor([3.0, 3.0]), "valid": torch.tensor([True, True])}

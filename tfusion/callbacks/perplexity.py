@@ -1,4 +1,4 @@
-"""Validation: perplexity, bits per byte and diffusion loss of each view, and `val/loss`, which `best` follows."""
+"""Validation: perplexity, bits per byte and image loss of each view, and `val/loss`, which `best` follows."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ class Perplexity(L.Callback):
     """Measure the evaluation weights on every validation view.
 
     Counted are text tokens and EOS, never BOI; before an image (captions alone) neither BOI nor EOS. Logged:
-    `val/<view>/perplexity`, `val/<view>/bits_per_byte`, `val/<corpus>/diffusion_loss`, the same by quarter of the
-    noise range (`_t0-250`, ...), `val/text_loss` (over the tokens of all views), `val/diffusion_loss`, and `val/loss` =
-    text loss + diffusion loss weight x diffusion loss; nothing of what the model or the data lacks.
+    `val/<view>/perplexity`, `val/<view>/bits_per_byte`, `val/text_loss` (over the tokens of all views), the image loss
+    by the module's `image_measure` and, of `noise_steps`, by quarter of the noise range (`_t0-250`, ...), and
+    `val/loss`, the sum of text and image loss by the module's `loss_weights`; nothing of what model or data lacks.
+
+    ===================  ================================  ===================================
+    module               image loss                        `val/loss`
+    ===================  ================================  ===================================
+    `TransfusionModule`  `val/<corpus>/diffusion_loss`     text loss + weight x diffusion loss
+    `ChameleonModule`    `val/<corpus>/image_nll`, an id   the mean over all labelled ids
+    ===================  ================================  ===================================
 
     `findings` holds them with the tokens or images they are of and standard errors, as if these were independent:
     those of perplexity and bits per byte by the delta method, at the text's number of bytes.
@@ -34,7 +41,7 @@ class Perplexity(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.text, self.image = {}, {}
-        if not hasattr(pl_module, "diffusion_loss_weight"):
+        if not hasattr(pl_module, "image_measure"):
             return  # another kind of model: it measures itself
         data, device = trainer.datamodule, pl_module.device
         sizes = token_bytes(data.tokenizer)
@@ -42,7 +49,8 @@ class Perplexity(L.Callback):
         predicted = data.val_views if pl_module.predicts_text else []
         self.text = {view: TextLoss(sizes).to(device) for view in predicted}
         self.image = {view: DiffusionLoss().to(device) for view in images}
-        self.quarters = {view: [DiffusionLoss().to(device) for _ in range(NUM_QUARTERS)] for view in images}
+        quarters = NUM_QUARTERS if pl_module.noise_steps else 0
+        self.quarters = {view: [DiffusionLoss().to(device) for _ in range(quarters)] for view in images}
         self._start = self._end = time.monotonic()
 
     def on_validation_batch_end(
@@ -62,8 +70,8 @@ class Perplexity(L.Callback):
         if view in self.image:
             errors, valid = outputs["errors"], outputs["valid"]
             self.image[view].update(errors, valid)
-            quarter = noise_quarter(outputs["timesteps"], pl_module.process.num_train_timesteps)
             for number, loss in enumerate(self.quarters[view]):
+                quarter = noise_quarter(outputs["timesteps"], pl_module.noise_steps)
                 loss.update(errors, valid & (quarter == number))
         else:
             counted = counted | (labels == EOS_ID)
@@ -84,23 +92,24 @@ class Perplexity(L.Callback):
             nats_squares += values["squares"]
         for view, loss in self.image.items():
             values = loss.compute()
-            name = f"val/{view}/diffusion_loss"
+            name = f"val/{view}/{pl_module.image_measure}"
             found.append(_of_images(name, values))
             for number, part in enumerate(self.quarters[view]):
-                quarter = quarter_name(number, pl_module.process.num_train_timesteps)
+                quarter = quarter_name(number, pl_module.noise_steps)
                 found += [_of_images(f"{name}_{quarter}", some) for some in [part.compute()] if some["images"]]
             total, images = total + values["loss"] * values["images"], images + values["images"]
             squares += values["squares"]
         errors = [standard_error_of_mean(nats, nats_squares, tokens), standard_error_of_mean(total, squares, images)]
-        text_loss, diffusion_loss = nats / max(tokens, 1), total / max(images, 1)
-        weight = pl_module.diffusion_loss_weight
-        known = [error * scale for error, scale in zip(errors, (1.0, weight), strict=True) if error is not None]
+        losses, weights = (nats / max(tokens, 1), total / max(images, 1)), pl_module.loss_weights(tokens, images)
+        known = [error * weight for error, weight in zip(errors, weights, strict=True) if error is not None]
         loss_error = math.hypot(*known) if known else None
         if self.text:
-            found.append(Measurement("val/text_loss", text_loss, int(tokens), standard_error=errors[0]))
+            found.append(Measurement("val/text_loss", losses[0], int(tokens), standard_error=errors[0]))
         if self.image:
-            found.append(Measurement("val/diffusion_loss", diffusion_loss, int(images), standard_error=errors[1]))
-        found.append(Measurement("val/loss", text_loss + weight * diffusion_loss, int(tokens + images), "", loss_error))
+            name = f"val/{pl_module.image_measure}"
+            found.append(Measurement(name, losses[1], int(images), standard_error=errors[1]))
+        loss = sum(weight * part for weight, part in zip(weights, losses, strict=True))
+        found.append(Measurement("val/loss", loss, int(tokens + images), "", loss_error))
         metrics = {one.name: one.value for one in found}
         self.findings = Findings([one for one in found if one.n], [], {"losses": self._end - self._start})
         log_validation(trainer, pl_module, metrics)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 SHOWN = {
     "train/text_loss": "text",
     "train/diffusion_loss": "diffusion",
+    "train/image_loss": "image",
     "val/loss": "val",
     "train/images_per_s": "images/s",
 }

@@ -1,4 +1,4 @@
-"""The diffusion loss at fixed timesteps and noise."""
+"""The loss of images: diffusion loss at fixed timesteps and noise, or the mean over an image's ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class DiffusionLoss(Metric):
-    """`compute` gives `loss`, the mean over images of the per-image mean square, and `images`, their number.
+    """`compute` gives `loss`, the mean over images of the per-image loss, and `images`, their number.
 
     `squares`, the sum of the squared per-image losses, is what `standard_error_of_mean` wants.
     """

@@ -1,11 +1,14 @@
 """The trunk, Llama's flavour (Transfusion §4.1, footnote 4): pre-norm RMSNorm, SwiGLU, rotary positions, no biases.
 
-It knows neither text nor images: vectors in, vectors out. Options beyond the paper: grouped keys, QK-norm.
+It knows neither text nor images: vectors in, vectors out. Options beyond the paper: grouped keys, and what Chameleon
+is held stable by, QK-norm and norms behind attention and feed-forward instead of before (arXiv 2405.09818, §2.3).
 
 Legend: B rows, T positions, D width, H heads, K head dim, F hidden width of the feed-forward.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tfusion.models.attention import Mask, attend
 from tfusion.models.kv_cache import CacheView
+
+NormOrder = Literal["pre", "post"]
 
 
 def default_hidden_dim(dim: int) -> int:
@@ -93,12 +98,20 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the stream."""
+    """Attention and feed-forward, each added to the stream; what they read is normed (`pre`), or what they add."""
 
     def __init__(
-        self, dim: int, num_heads: int, num_kv_heads: int, hidden_dim: int, qk_norm: bool, norm_eps: float
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        hidden_dim: int,
+        qk_norm: bool,
+        norm_eps: float,
+        norm_order: NormOrder = "pre",
     ) -> None:
         super().__init__()
+        self.norm_order = norm_order
         self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.attention = Attention(dim, num_heads, num_kv_heads, qk_norm, norm_eps)
         self.feed_forward_norm = nn.RMSNorm(dim, eps=norm_eps)
@@ -107,6 +120,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None = None
     ) -> Tensor:
+        if self.norm_order == "post":  # Swin Transformer V2, as Chameleon §2.3
+            x = x + self.attention_norm(self.attention(x, rotary, mask, layer, cache))
+            return x + self.feed_forward_norm(self.feed_forward(x))
         x = x + self.attention(self.attention_norm(x), rotary, mask, layer, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -114,7 +130,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """L blocks and a final norm, (B, T, D) -> (B, T, D).
 
-    Args: as `Transfusion`'s of the same name.
+    Args: as `Transfusion`'s of the same name, and `norm_order` as `Chameleon`'s.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -132,8 +148,11 @@ class Transformer(nn.Module):
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
         activation_checkpointing: bool = False,
+        norm_order: NormOrder = "pre",
     ) -> None:
         super().__init__()
+        if norm_order not in ("pre", "post"):
+            raise ValueError(f"got norm_order {norm_order!r}, expected 'pre' or 'post'")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         hidden_dim = default_hidden_dim(dim) if hidden_dim is None else hidden_dim
         if min(dim, num_layers, num_heads, num_kv_heads, hidden_dim, max_seq_len) < 1:
@@ -149,7 +168,7 @@ class Transformer(nn.Module):
         self.head_dim, self.max_seq_len = dim // num_heads, max_seq_len
         self.activation_checkpointing = activation_checkpointing
         self.rotary = Rotary(self.head_dim, max_seq_len, rope_theta)
-        sizes = (dim, num_heads, num_kv_heads, hidden_dim, qk_norm, norm_eps)
+        sizes = (dim, num_heads, num_kv_heads, hidden_dim, qk_norm, norm_eps, norm_order)
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
 

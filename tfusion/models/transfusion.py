@@ -14,17 +14,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tfusion.models.attention import Backend, training_mask
-from tfusion.models.kv_cache import KVCache
+from tfusion.models.base import MultimodalModel, image_positions
 from tfusion.models.patches import LinearPatchDecoder, LinearPatchEncoder, num_patches
 from tfusion.models.transformer import Transformer
-from tfusion.randomness import generator
 from tfusion.sequence import Batch
 
 
-class Transfusion(nn.Module):
+class Transfusion(MultimodalModel):
     """The multimodal transformer.
 
     Args:
@@ -129,11 +127,7 @@ class Transfusion(nn.Module):
             return self.text_head(x.index_select(0, batch.text_positions)), None
 
         images, P = batch.image_valid.numel(), self.num_patches
-        # Empty slots add zeros at position 0, so that shapes stay fixed and no parameter goes unused.
-        start = torch.where(batch.image_valid, batch.image_rows * T + batch.image_starts, 0)
-        offsets = torch.arange(P, device=start.device)
-        at_patches = (start[:, None] + offsets * batch.image_valid[:, None]).view(-1)  # (I P,) flat positions
-
+        at_patches = image_positions(batch, P)  # (I P,); empty slots add zeros at position 0
         patches, skip = self.patch_encoder(x_t, timesteps)
         patches = patches * batch.image_valid[:, None, None]  # (I, P, D)
         x = x.view(B * T, -1).index_add(0, at_patches, patches.flatten(0, 1).to(x.dtype))
@@ -143,60 +137,27 @@ class Transfusion(nn.Module):
         hidden = x.index_select(0, at_patches).unflatten(0, (images, P))  # (I, P, D)
         return logits, self.patch_decoder(hidden, skip, timesteps)
 
+    @property
+    def predicts_text(self) -> bool:
+        """Whether there is a text head."""
+        return self.text_head is not None
+
     def seen_together(self, image_ids: Tensor) -> Tensor:
         """(B, T) image ids as the mask wants them: none where attention inside an image is causal."""
         return image_ids if self.image_attention == "bidirectional" else torch.full_like(image_ids, -1)
 
-    def make_cache(self, num_rows: int, capacity: int) -> KVCache:
-        """An empty cache for `num_rows` sequences of up to `capacity` positions, in the weights' type."""
-        weight = self.embedding.weight
-        trunk = self.transformer
-        return KVCache(
-            len(trunk.blocks),
-            num_rows,
-            trunk.num_kv_heads,
-            trunk.head_dim,
-            capacity,
-            weight.device,
-            weight.dtype,
-        )
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """What text comes next: (..., D) -> (..., V)."""
+        return self.text_head(hidden)
 
-    def materialize(self, device: torch.device | str, seed: int) -> Transfusion:
-        """Allocate on a device, draw the weights and fill the tables; sharded or not."""
-        self.to_empty(device=device)
-        self.init_weights(seed)
-        self.fill_buffers()
-        return self
+    def image_vectors(self, clean: Tensor) -> Tensor:
+        """What clean images (I, C, h, w) are in a row: (I, P, D)."""
+        return self.patch_encoder(clean, clean.new_zeros(len(clean)))[0]
 
-    def fill_buffers(self) -> None:
-        """Fill rotary and timestep tables, which no checkpoint holds and `to_empty` leaves as rubbish."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "fill_buffers"):
-                module.fill_buffers()
+    def initial_std(self, name: str) -> float:
+        """0 for the decoder's last layer: the first output is the mean, as in DiT.
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draw every weight from a generator seeded by (seed, its name): layout and device change nothing.
-
-        ===========================  =============================================
-        norms' weights               1
-        biases, patch_decoder.proj   0 (the first output is the mean, as in DiT)
-        o_proj, down_proj            N(0, 0.02 / sqrt(2 layers)) (GPT-2: the stream keeps its scale)
-        all other matrices           N(0, 0.02): also patch_encoder.proj, for at unit scale noise would drown what
-                                     the blocks write to the stream, and captions are learned late (LOG.md)
-        ===========================  =============================================
+        The encoder's is drawn as all others are, for at unit scale noise would drown what the blocks write to the
+        stream, and captions are learned late (LOG.md).
         """
-        depth = len(self.transformer.blocks)
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                full = torch.ones(parameter.shape)
-            elif name.endswith("bias") or name == "patch_decoder.proj.weight":
-                full = torch.zeros(parameter.shape)
-            else:
-                scaled = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / (2 * depth) ** 0.5 if scaled else 0.02
-                full = torch.randn(parameter.shape, generator=generator("weights", seed, name)) * std
-            if isinstance(parameter, DTensor):  # every rank drew the same tensor and keeps its shard
-                full = full.to(parameter.device)
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(full)
+        return 0.0 if name == "patch_decoder.proj.weight" else super().initial_std(name)

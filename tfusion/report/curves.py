@@ -15,9 +15,11 @@ from tfusion.training.run_folder import read_metrics
 
 MOST_POINTS = 300  # a line of a chart; more could not be told apart
 UNITS = {
-    "loss": "text + weight × diffusion loss",
+    "loss": "loss",  # text + weight x diffusion loss, or the mean over all ids
     "text_loss": "nats per token",
     "diffusion_loss": "mean squared error",
+    "image_loss": "nats per image id",
+    "image_nll": "nats per image id",
     "bits_per_byte": "bits per byte",
 }
 TIMESTEPS = re.compile(r"(.*)diffusion_loss_t(\d+)(?:-(\d+))?$")  # of a metric's name
@@ -67,9 +69,9 @@ def _number(cell: str) -> float | None:
 
 
 def training_charts(curves: Curves) -> list[Chart]:
-    """The loss and its two parts in training and validation, then every other metric by corpus, of any split."""
+    """The loss and its parts in training and validation, then every other metric by corpus, of any split."""
     charts = []
-    for metric in ("loss", "text_loss", "diffusion_loss"):
+    for metric in ("loss", "text_loss", "diffusion_loss", "image_loss"):
         lines = [_line("train", curves, f"train/{metric}"), _line("val", curves, f"val/{metric}", marks=True)]
         charts.append(_chart(metric, [line for line in lines if line is not None]))
     metrics: dict[str, list[Line]] = {}

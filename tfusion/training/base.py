@@ -68,6 +68,7 @@ class TrainedModule(L.LightningModule):
         self.seed, self.init_from = seed, init_from
         self.ckpt_path: str | None = None  # what this command goes on from; the command line says it
         self._warm_start: WarmStart | None = None  # until its weights are filled in
+        self._caption_drop: float | None = None  # of the checkpoint
         self.text_tokenizer: TextTokenizer | None = None  # of the checkpoint, else the datamodule's
         self.latest_metrics: dict[str, float] = {}  # last logged, for the progress bar
         # not finite (I,) and keys of each micro-batch since the last logging step
@@ -86,6 +87,14 @@ class TrainedModule(L.LightningModule):
     def evaluation_model(self) -> nn.Module:
         """Averaged weights where there are any."""
         return self.model if self.ema_model is None else self.ema_model
+
+    @property
+    def caption_drop(self) -> float | None:
+        """Share of captions that training drops or has dropped; None where that is not known, or there are none."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return self._caption_drop
+        data = self.trainer.datamodule
+        return data.caption_drop if data.image_corpora else None
 
     def architecture(self) -> dict[str, Any]:
         """What weights depend on and their shapes do not show."""
@@ -179,6 +188,7 @@ class TrainedModule(L.LightningModule):
         """The tokenizer belongs to the weights, and moments to parameters by name, on every layout."""
         checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
         checkpoint["architecture"] = self.architecture()
+        checkpoint["caption_drop"] = self.caption_drop
         name_optimizer_state(checkpoint, self._optimizer_names())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -189,6 +199,7 @@ class TrainedModule(L.LightningModule):
             raise ValueError("the checkpoint has no text tokenizer: give one that `tfusion fit` wrote")
         check_architecture(self.architecture(), checkpoint["architecture"])
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
+        self._caption_drop = checkpoint.get("caption_drop")  # older ones do not say
         if self._trainer is not None and self.trainer.state.fn == "fit":
             recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
             number_optimizer_state(checkpoint, self._optimizer_names())

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from tfusion.generation import bf16_copy
-from tfusion.models.transfusion import Transfusion
+from tfusion.models.base import MultimodalModel
 
 
 def check_strategy(strategy: Strategy, ranks: int) -> None:
@@ -47,7 +47,7 @@ def check_strategy(strategy: Strategy, ranks: int) -> None:
         )
 
 
-def shard(model: Transfusion, mesh: DeviceMesh, bf16: bool) -> None:
+def shard(model: MultimodalModel, mesh: DeviceMesh, bf16: bool) -> None:
     """Divide every parameter over the ranks of a one-dimensional mesh, in place; before weights are allocated.
 
     The matrices of a block are gathered together, in bf16 where the trainer computes in it; embedding, heads and
@@ -64,7 +64,7 @@ def shard(model: Transfusion, mesh: DeviceMesh, bf16: bool) -> None:
 
 
 @torch.no_grad()
-def unsharded_copy(model: Transfusion, blank: Transfusion, dtype: torch.dtype | None = None) -> Transfusion:
+def unsharded_copy(model: MultimodalModel, blank: MultimodalModel, dtype: torch.dtype | None = None) -> MultimodalModel:
     """Return the whole weights on every rank, in a model that needs no collective; collective itself.
 
     Args:
@@ -85,7 +85,7 @@ def unsharded_copy(model: Transfusion, blank: Transfusion, dtype: torch.dtype | 
     return whole
 
 
-def whole_model(model: Transfusion, blank: list[Transfusion], bf16: bool) -> Transfusion:
+def whole_model(model: MultimodalModel, blank: list[MultimodalModel], bf16: bool) -> MultimodalModel:
     """Weights as decoding needs them, whole and without autocast: the model itself, or a copy.
 
     Args:

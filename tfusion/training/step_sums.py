@@ -1,5 +1,7 @@
 """What a logging step reports: sums over its micro-batches and ranks, kept on the device until they are read.
 
+Those of `TransfusionModule`:
+
 0, 1    text and diffusion loss, each divided by the step's count
 2, 3, 4 positions in use, images, positions
 5 - 12  diffusion errors, then noised images, by quarter of the noise range
@@ -33,10 +35,19 @@ def micro_batch_sums(batch: Batch, losses: Tensor, errors: Tensor, timesteps: Te
     by_quarter = errors.new_zeros(2, NUM_QUARTERS)
     noised = batch.image_valid & (batch.noise_limits > 0)
     by_quarter.index_add_(1, quarter, torch.stack([errors, noised.float()]))
+    return torch.cat([losses.detach(), row_sums(batch), by_quarter.flatten()])
+
+
+def row_sums(batch: Batch) -> Tensor:
+    """(3,) positions in use, images, positions."""
     used = (batch.document_ids >= 0).float()
     # (new_full: made on the device, a tensor made here would have to be sent)
-    data = torch.stack([used.sum(), batch.image_valid.sum().float(), used.new_full((), used.numel())])
-    return torch.cat([losses.detach(), data, by_quarter.flatten()])
+    return torch.stack([used.sum(), batch.image_valid.sum().float(), used.new_full((), used.numel())])
+
+
+def row_metrics(used: float, images: float, positions: float) -> dict[str, float]:
+    """What is logged of `row_sums`."""
+    return {"train/utilization": used / positions, "train/positions": used, "train/images": images}
 
 
 def metrics_of(
@@ -49,9 +60,7 @@ def metrics_of(
     metrics = {
         "train/loss": text_loss + diffusion_loss_weight * diffusion_loss,
         **losses,
-        "train/utilization": used / positions,
-        "train/positions": used,
-        "train/images": num_images,
+        **row_metrics(used, num_images, positions),
     }
     for q in range(NUM_QUARTERS):
         total, count = by_quarter[q], by_quarter[NUM_QUARTERS + q]

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 ADAPTERS = ("patch_encoder", "patch_decoder")
 OF_ADAPTERS = ("latent_channels", "patch_size", "adapter", "image_attention", "family", "prediction_type")
 
+UNSAID = {"norm_order": "pre", "image_attention": "bidirectional"}  # what a model that does not say it has
+
 
 @dataclass(frozen=True)
 class InitFrom:
@@ -91,10 +93,11 @@ class WarmStart:
 
     def _refuse_other_settings(self, expected: dict[str, Any], found: dict[str, Any]) -> None:
         adapters = any(_within(name, ADAPTERS) for name in self.taken)
+        expected, found = UNSAID | expected, UNSAID | found
         problems = [
-            f"{name} is {found.get(name)!r} there, the configured model has {value!r}"
-            for name, value in expected.items()
-            if found.get(name, value) != value and (adapters or name not in OF_ADAPTERS)
+            f"{name} is {found[name]!r} there, the configured model has {expected[name]!r}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name] and (adapters or name not in OF_ADAPTERS)
         ]
         if problems:
             raise ValueError(

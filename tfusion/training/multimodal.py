@@ -1,0 +1,183 @@
+"""`MultimodalModule`: what the modules that train on and generate text and images share, whatever their losses are.
+
+Weights sharded or whole, sums over the whole optimizer step (all ranks and micro-batches), samples.
+
+Legend: A micro-batches a step, W ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tfusion.generation import Generator, by_columns
+from tfusion.models.base import MultimodalModel
+from tfusion.requests import Generation, GenerationConfig, Request, parse_request
+from tfusion.sequence import Batch
+from tfusion.tokenizers import ImageTokenizer
+from tfusion.training.base import TrainedModule
+from tfusion.training.parallel import check_strategy, shard, whole_model
+from tfusion.training.warm_start import InitFrom
+
+
+class MultimodalModule(TrainedModule):
+    """A `TrainedModule` of a `MultimodalModel`.
+
+    Subclasses also give `metrics_of_step` and `loss_weights`, and say how images are measured in validation.
+
+    Args:
+        model: what is trained.
+        image_tokenizer, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed, init_from:
+            `TrainedModule`'s.
+        generation: default settings for samples and predictions.
+    """
+
+    image_measure: ClassVar[str]  # the loss of an image in `validation_step`'s "errors", as it is called in metrics
+    noise_steps: int | None = None  # the range of "timesteps", where images are noised
+    predicts_text = property(lambda self: self.model.predicts_text)
+    predicts_images: bool
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        image_tokenizer: ImageTokenizer | None,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        warmup_steps: int,
+        final_lr_share: float,
+        ema: bool,
+        generation: GenerationConfig | None,
+        seed: int,
+        init_from: InitFrom | None,
+    ) -> None:
+        optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
+        super().__init__(model, image_tokenizer, *optimizer, ema, seed, init_from)
+        self.generation = generation or GenerationConfig()
+        self.step_sums: Tensor | None = None
+        self._blank: list[MultimodalModel] = []  # under FSDP2 one, on meta: in a list, so not a part of this module
+        self._whole: list[MultimodalModel] = []  # while predicting, what generates
+
+    def metrics_of_step(self, sums: Tensor) -> dict[str, float]:
+        """What is logged, from the global sums that `add_micro_batch` was given the parts of."""
+        raise NotImplementedError
+
+    def loss_weights(self, tokens: float, images: float) -> tuple[float, float]:
+        """Weights of the mean text and the mean image loss in `val/loss`, given how many each is of."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Allocate and fill the weights on the device, once; under FSDP2 each rank its shards of them."""
+        check_strategy(self.trainer.strategy, self.trainer.world_size)
+        if self._materialized:
+            if self.device_mesh is not None and not self._blank:
+                raise ValueError("FSDP2 shards a model before its weights are allocated: give the Trainer a fresh one")
+            return
+        if self.device_mesh is not None:
+            self._blank.append(copy.deepcopy(self.model))
+            for model in (self.model, self.ema_model):
+                if model is not None:
+                    shard(model, self.device_mesh["data_parallel"], self._computes_in_bf16())
+        self.materialize(self.trainer.strategy.root_device)
+
+    def global_counts(self, batch: Batch) -> Tensor:
+        """(2,) labelled text tokens and predicted images of the whole optimizer step; collective."""
+        counts = batch.step_counts.clone()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def add_micro_batch(self, loss: Tensor, sums: Tensor, batch_idx: int) -> Tensor:
+        """Keep a micro-batch's sums, and scale its part of the step's loss as Lightning and DDP want it."""
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums
+        # Lightning divides by A, DDP and FSDP2 by W
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def step_metrics(self) -> dict[str, float]:
+        """Of the step that just ended, global; collective, and it waits for the device: at logging steps only."""
+        sums = self.step_sums.clone()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(sums)
+        metrics = self.metrics_of_step(sums)
+        metrics["train/grad_norm"] = float(self.grad_norm)
+        metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]
+        return metrics
+
+    def predict_step(self, batch: list[tuple[int, Request]], batch_idx: int) -> list[Generation]:
+        """Samples for numbered requests."""
+        return self.generate([request for _, request in batch], [number for number, _ in batch])
+
+    def generate(
+        self,
+        requests: Sequence[Request | dict[str, Any]],
+        numbers: list[int] | None = None,
+        batch_size: int | None = None,
+    ) -> list[Generation]:
+        """Samples from the evaluation weights, in bf16 where the trainer computes in bf16.
+
+        Under FSDP2 every rank has to call it, if only with no requests: gathering the weights is a collective.
+
+        Args:
+            requests: as in `prompts.jsonl`; what a request leaves out comes from `generation`.
+            numbers: what the requests are called; None = 0, 1, ...
+            batch_size: requests decoded together; None = all.
+
+        Raises:
+            ValueError: a request that cannot be met, before any work.
+        """
+        parsed = [parse_request(request, self.generation) for request in requests]
+        numbers = list(range(len(parsed))) if numbers is None else numbers
+        self.check_requests(parsed, numbers)
+        model = self._whole[0] if self._whole else self._generation_model()
+        weight = model.embedding.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and any(r.generate != "image" for r in parsed):
+            model = by_columns(model)  # text is one vector times every matrix, token after token
+        generations: list[Generation] = []
+        with torch.autocast(model.embedding.weight.device.type, enabled=False):  # predict_step runs inside Lightning's
+            generator = self._generator(model)
+            for start in range(0, len(parsed), batch_size or max(1, len(parsed))):
+                chunk = slice(start, start + (batch_size or len(parsed)))
+                generations += generator.generate(parsed[chunk], numbers[chunk])
+        return generations
+
+    def check_requests(self, requests: Sequence[Request], numbers: list[int] | None = None) -> None:
+        """Raise ValueError for a request that cannot be met; with all requests on every rank, so all refuse."""
+        self._generator(self.evaluation_model).check(list(requests), numbers)
+        self._check_guidance(requests, numbers)
+
+    def _check_guidance(self, requests: Sequence[Request], numbers: list[int] | None) -> None:
+        """Refuse guidance away from a prediction without the caption that training has never shown."""
+        if self.caption_drop != 0 or not self.predicts_images:
+            return
+        for number, request in zip(numbers or range(len(requests)), requests, strict=True):
+            scale = request.config.guidance_scale
+            if request.generate != "text" and scale != 1:
+                raise ValueError(
+                    f"request {number} has guidance_scale {scale}, but this model was trained with data.caption_drop 0, "
+                    "so it has never seen a picture without its caption to be guided away from: set guidance_scale to 1 "
+                    "(model.generation.guidance_scale where the request does not say it), or train with caption_drop 0.1"
+                )
+
+    def _generation_model(self) -> MultimodalModel:
+        return whole_model(self.evaluation_model, self._blank, self._computes_in_bf16())
+
+    def _computes_in_bf16(self) -> bool:
+        return "bf16" in str(self.precision if self._trainer is None else self.trainer.precision)
+
+    def _generator(self, model: MultimodalModel) -> Generator:
+        raise NotImplementedError
+
+    def on_predict_start(self) -> None:
+        """All requests are refused or accepted before the first is met; ranks may have unequal numbers of batches."""
+        self.check_requests(self.trainer.datamodule.requests)
+        self._whole = [self._generation_model()]
+
+    def on_predict_end(self) -> None:
+        self._whole = []
