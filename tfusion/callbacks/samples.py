@@ -63,9 +63,9 @@ class SampleGrid(pl.Callback):
                 "SampleGrid needs a data module with sample_requests(), got "
                 f"{type(trainer.datamodule).__name__}; use MultimodalDataModule or leave the callback out"
             )
-        if stage == "fit" and self.numbers[0] and getattr(trainer.datamodule, "image_corpora", None):
-            if hasattr(pl_module, "generate"):
-                pl_module.check_requests([Request(("",), "image", config=pl_module.generation)])
+        pictures = self.numbers[0] > 0 and getattr(trainer.datamodule, "image_corpora", None)
+        if stage == "fit" and pictures and hasattr(pl_module, "generation"):
+            pl_module.check_requests([Request(("",), "image", config=pl_module.generation)])
 
     def state_dict(self) -> dict[str, int]:
         """A resumed run makes the sheets of an unbroken one."""

@@ -94,7 +94,7 @@ class TrainedModule(L.LightningModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return self._caption_drop
         data = self.trainer.datamodule
-        return data.caption_drop if data.image_corpora else None
+        return data.caption_drop if getattr(data, "image_corpora", None) else None
 
     def architecture(self) -> dict[str, Any]:
         """What weights depend on and their shapes do not show."""

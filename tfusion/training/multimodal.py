@@ -160,9 +160,9 @@ class MultimodalModule(TrainedModule):
             scale = request.config.guidance_scale
             if request.generate != "text" and scale != 1:
                 raise ValueError(
-                    f"request {number} has guidance_scale {scale}, but this model was trained with data.caption_drop 0, "
-                    "so it has never seen a picture without its caption to be guided away from: set guidance_scale to 1 "
-                    "(model.generation.guidance_scale where the request does not say it), or train with caption_drop 0.1"
+                    f"request {number} has guidance_scale {scale}, but training with data.caption_drop 0 shows no "
+                    "picture without its caption, which guidance leads away from: set guidance_scale to 1 (of the "
+                    "request, or generation.guidance_scale of the model), or train with data.caption_drop 0.1"
                 )
 
     def _generation_model(self) -> MultimodalModel:
