@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 
 from tests.conftest import TINY_AUTOENCODER
-from tfusion.tokenizers import PixelTokenizer, VAETokenizer
+from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, VAETokenizer, VQTokenizer
 
 CONFIG = TINY_AUTOENCODER | {"shift_factor": 0.3}
 
@@ -29,6 +30,23 @@ def _save(path: Path, **changes: object) -> str:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     vae.save_pretrained(path)
     return str(path)
+
+
+def _save_vq(path: Path, **changes: object) -> str:
+    names = ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups", "mid_block_add_attention")
+    config = {name: TINY_AUTOENCODER[name] for name in names} | {"latent_channels": 6, "vq_embed_dim": 3}
+    vq = VQModel(**(config | {"num_vq_embeddings": 300} | changes))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in vq.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    vq.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def vq_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _save_vq(tmp_path_factory.mktemp("vq"))
 
 
 def _images(number: int = 5, size: int = 8) -> torch.Tensor:
@@ -79,9 +97,9 @@ def test_frozen_unregistered_and_lazy(folder: str) -> None:
             self.image_tokenizer = VAETokenizer(folder)
 
     holder = Holder()
-    assert holder.image_tokenizer._vae is None
+    assert holder.image_tokenizer._network is None
     latents = holder.image_tokenizer.encode(_images().requires_grad_())
-    vae = holder.image_tokenizer.to("cpu")._vae
+    vae = holder.image_tokenizer.to("cpu")._network
     assert not latents.requires_grad
     assert not holder.image_tokenizer.decode(latents).requires_grad
     assert not vae.training
@@ -138,7 +156,7 @@ def test_wrong_folders_are_refused(folder: str, tmp_path: Path, monkeypatch: pyt
         VAETokenizer(str(tmp_path))
     (tmp_path / "x.safetensors").touch()
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
-    with pytest.raises(ValueError, match="holds a AutoencoderTiny, expected an AutoencoderKL"):
+    with pytest.raises(ValueError, match=r"holds a AutoencoderTiny, expected AutoencoderKL \(VAE.* or VQModel \(VQ"):
         VAETokenizer(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"in_channels": 1}))
     with pytest.raises(ValueError, match="1 image channels, expected 3"):
@@ -158,3 +176,77 @@ def test_subfolder_of_a_pipeline(folder: str) -> None:
     path = Path(folder)
     tokenizer = VAETokenizer(str(path.parent), subfolder=path.name)
     assert torch.equal(tokenizer.encode(_images()), VAETokenizer(folder).encode(_images()))
+
+
+def test_the_fingerprint_is_of_what_latents_mean(folder: str, tmp_path: Path) -> None:
+    """Not of where the folder lies, of its name or of the precision."""
+    first = VAETokenizer(folder).fingerprint
+    assert len(first) == 16
+    int(first, 16)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert VAETokenizer(str(tmp_path / "copy"), dtype="bfloat16", chunk_size=1).fingerprint == first
+    assert PixelTokenizer().fingerprint == "pixels"
+
+    (weights,) = (tmp_path / "copy").glob("*.safetensors")
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert VAETokenizer(str(tmp_path / "copy")).fingerprint != first
+    shutil.copytree(folder, tmp_path / "other")
+    config = json.loads(Path(folder, "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    assert VAETokenizer(str(tmp_path / "other")).fingerprint != first
+
+
+@pytest.mark.parametrize("norm_type", ["group", "spatial"])
+def test_vq_ids_are_those_of_a_loop_and_decode_as_diffusers_does(tmp_path: Path, norm_type: str) -> None:
+    changes = {"block_out_channels": (32, 32), "latent_channels": 3}  # what SpatialNorm and its caller need
+    path = _save_vq(tmp_path, norm_type=norm_type, **changes)
+    tokenizer, images = VQTokenizer(path, chunk_size=2), _images()
+    vq = VQModel.from_pretrained(path).eval()
+    with torch.no_grad():
+        vectors = vq.encode(images).latents
+        decoded = vq.decode(vectors).sample.clamp(-1, 1)  # by the nearest codes, too
+    ids = tokenizer.encode(images)
+    assert ids.shape == (5, 1, 4, 4)
+    assert ids.shape[1:] == tokenizer.latent_shape(8)
+    assert ids.dtype == torch.float32
+    codes = vq.quantize.embedding.weight.detach()
+    for i, y, x in ((0, 0, 0), (1, 3, 2), (4, 2, 1)):
+        distances = [float((vectors[i, :, y, x] - code).square().sum()) for code in codes]
+        assert ids[i, 0, y, x] == distances.index(min(distances))
+    assert len(ids.unique()) > 5
+    torch.testing.assert_close(tokenizer.decode(ids), decoded)
+
+
+def test_vq_is_an_image_tokenizer(vq_folder: str) -> None:
+    tokenizer, images = VQTokenizer(vq_folder), _images()
+    assert isinstance(tokenizer, ImageTokenizer)
+    assert (tokenizer.codebook_size, tokenizer.factor) == (300, 2)
+    assert tokenizer.fingerprint == VQTokenizer(vq_folder, dtype="bfloat16").fingerprint
+    ids = tokenizer.encode(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tokenizer.encode(images), ids)
+    half = VQTokenizer(vq_folder, dtype="bfloat16")
+    assert half.encode(images).dtype == half.decode(ids).dtype == torch.float32
+    assert (half.encode(images) == ids).float().mean() > 0.5
+    empty = tokenizer.encode(torch.zeros(0, 3, 8, 8))
+    assert empty.shape == (0, 1, 4, 4)
+    assert tokenizer.decode(empty).shape == (0, 3, 8, 8)
+    with pytest.raises(ValueError, match="got image_size 9, expected a multiple of 2"):
+        tokenizer.latent_shape(9)
+
+
+@pytest.mark.parametrize("wrong", [300.0, -1.0, 0.5])
+def test_ids_that_are_no_codes_are_refused(vq_folder: str, wrong: float) -> None:
+    tokenizer = VQTokenizer(vq_folder)
+    assert tokenizer.decode(torch.full((1, 1, 4, 4), 299.0)).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="expected whole numbers from 0 to 299"):
+        tokenizer.decode(torch.full((1, 1, 4, 4), wrong))
+
+
+def test_each_tokenizer_names_the_one_that_reads_the_other_kind(folder: str, vq_folder: str) -> None:
+    with pytest.raises(ValueError, match="holds a VQModel, expected .* AutoencoderKL for VAETokenizer.*; VQTokenizer"):
+        VAETokenizer(vq_folder)
+    with pytest.raises(ValueError, match="holds a AutoencoderKL, expected .* VQModel for VQTokenizer.*; VAETokenizer"):
+        VQTokenizer(folder)

@@ -1,4 +1,4 @@
-"""Images <-> latents behind one interface: the identity (pixels) and a frozen diffusers `AutoencoderKL`.
+"""Images <-> latents behind one interface: the identity (pixels), and diffusers' `AutoencoderKL` and `VQModel`, frozen.
 
 Plain classes, not `nn.Module`s: an attribute of a LightningModule that is no Module is not registered, so a
 frozen network never gets into a checkpoint, the averaged weights, DDP's buckets or the optimizer.
@@ -8,17 +8,23 @@ Shapes: images (I, 3, H, W) in [-1, 1], latents (I, C, h, w).
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import Any, Literal, Self
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from tfusion.tokenizers.autoencoder_folder import fingerprint_of, load_config, load_frozen
+
 
 class ImageTokenizer(ABC):
     """What turns images into the latents that are diffused, and back."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What its latents mean: equal for tokenizers whose latents may be mixed; hex of 16 characters, or a word."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -40,6 +46,8 @@ class ImageTokenizer(ABC):
 class PixelTokenizer(ImageTokenizer):
     """The identity: latents are pixels."""
 
+    fingerprint = "pixels"
+
     def encode(self, images: Tensor) -> Tensor:
         """Return the images themselves."""
         return images
@@ -59,13 +67,13 @@ class PixelTokenizer(ImageTokenizer):
         return self
 
 
-class VAETokenizer(ImageTokenizer):
-    """A pretrained diffusers `AutoencoderKL`, frozen and deterministic (mode of the posterior, not a sample).
+class AutoencoderTokenizer(ImageTokenizer):
+    """A pretrained autoencoder of diffusers, frozen; what kinds of it have in common.
 
-    Latents are normalised as in diffusers' pipelines: `(mode - shift_factor) * scaling_factor`, or with
-    `latents_mean` and `latents_std` where the config has them. Weights are read at the first use or at
-    `.to(device)`; config and folder are checked at construction.
+    Weights are read at the first use or at `.to(device)`; config and folder are checked at construction.
     """
+
+    kind: ClassVar[str]  # the class in diffusers
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class VAETokenizer(ImageTokenizer):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         chunk_size: int = 32,
     ) -> None:
-        """Check that `path` holds an AutoencoderKL.
+        """Check that `path` holds an autoencoder of this kind.
 
         Args:
             path: folder with `config.json` and weights, or a name on the Hugging Face hub (needs the network
@@ -88,20 +96,30 @@ class VAETokenizer(ImageTokenizer):
             raise ValueError(f"got dtype {dtype!r}, expected float32, bfloat16 or float16")
         if chunk_size < 1:
             raise ValueError(f"got chunk_size {chunk_size}, expected at least 1 image")
-        self.path, self.subfolder, self.dtype, self.chunk_size = (
-            path,
-            subfolder,
-            getattr(torch, dtype),
-            chunk_size,
-        )
-        self.config = _load_config(path, subfolder)
+        self.path, self.subfolder, self.chunk_size = path, subfolder, chunk_size
+        self.dtype = getattr(torch, dtype)
+        self.config = load_config(path, subfolder, self.kind)
         self.factor = 2 ** (len(self.config["block_out_channels"]) - 1)  # pixels a latent position, each side
-        channels = self.config["latent_channels"]
-        shift = self.config.get("latents_mean") or self.config.get("shift_factor") or 0.0
-        std = self.config.get("latents_std") or 1.0
-        self._shift = torch.tensor(shift, dtype=torch.float32).expand(channels).reshape(1, channels, 1, 1)
-        self._scale = self.config["scaling_factor"] / torch.tensor(std).expand(channels).reshape(1, channels, 1, 1)
-        self._vae: torch.nn.Module | None = None
+        self._network: Any = None
+        self._device: torch.device | None = None
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """C of its latents."""
+
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor:
+        """Of a chunk, in `dtype`."""
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Of a chunk, latents in float32."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the configuration and of the weights' bytes; not of `dtype`, which only rounds. Reads the weights once."""
+        return fingerprint_of(self.path, self.subfolder, self.config)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, image_size / factor, image_size / factor); an error names the nearest sizes that fit."""
@@ -112,19 +130,19 @@ class VAETokenizer(ImageTokenizer):
                 f"got image_size {image_size}, expected a multiple of {self.factor} "
                 f"(the factor of {self.path!r}); nearest: {nearest}"
             )
-        return self.config["latent_channels"], image_size // self.factor, image_size // self.factor
+        return self.channels, image_size // self.factor, image_size // self.factor
 
     def to(self, device: torch.device | str) -> Self:
         """Load the weights if need be, and move them."""
-        if self._vae is None:
-            self._vae = _load_frozen(self.path, self.subfolder, self.dtype)
-        self._vae.to(device)
-        self._shift, self._scale = self._shift.to(device), self._scale.to(device)
+        if self._network is None:
+            self._network = load_frozen(self.path, self.subfolder, self.kind, self.dtype)
+        self._network.to(device)
+        self._device = torch.device(device)
         return self
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Mode of the posterior, normalised, float32."""
+        """Latents, float32."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise ValueError(
                 f"got images of shape {tuple(images.shape)}, expected (I, 3, H, W) "
@@ -132,70 +150,99 @@ class VAETokenizer(ImageTokenizer):
             )
         size = images.shape[2] // self.factor, images.shape[3] // self.factor
         if len(images) == 0:
-            return images.new_empty((0, self.config["latent_channels"], *size), dtype=torch.float32)
-        vae = self._loaded(images.device)
+            return images.new_empty((0, self.channels, *size), dtype=torch.float32)
+        self._follow(images.device)
         # Autocast would put part of the network in bfloat16, whatever dtype says.
         with torch.autocast(images.device.type, enabled=False):
-            chunks = [vae.encode(x).latent_dist.mode() for x in images.to(self.dtype).split(self.chunk_size)]
-            return (torch.cat(chunks).float() - self._shift) * self._scale
+            return torch.cat([self._encode(x) for x in images.to(self.dtype).split(self.chunk_size)])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Undo the normalisation, decode, clamp; float32."""
-        channels = self.config["latent_channels"]
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(f"got latents of shape {tuple(latents.shape)}, expected (I, {channels}, h, w)")
+        """Images, clamped; float32."""
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(f"got latents of shape {tuple(latents.shape)}, expected (I, {self.channels}, h, w)")
         if len(latents) == 0:
             size = latents.shape[2] * self.factor, latents.shape[3] * self.factor
             return latents.new_empty((0, 3, *size), dtype=torch.float32)
-        vae = self._loaded(latents.device)
+        self._follow(latents.device)
         with torch.autocast(latents.device.type, enabled=False):
-            z = (latents.float() / self._scale + self._shift).to(self.dtype)
-            return torch.cat([vae.decode(x).sample for x in z.split(self.chunk_size)]).float().clamp(-1, 1)
+            chunks = [self._decode(z) for z in latents.float().split(self.chunk_size)]
+            return torch.cat(chunks).float().clamp(-1, 1)
 
-    def _loaded(self, device: torch.device) -> Any:
-        if self._vae is None or self._shift.device != device:  # Lightning moves modules behind our back
+    def _follow(self, device: torch.device) -> None:
+        """Lightning moves modules behind our back."""
+        if self._device != device:
             self.to(device)
-        return self._vae
 
 
-def _load_config(path: str, subfolder: str | None) -> dict[str, Any]:
-    from diffusers import AutoencoderKL  # takes seconds to import: only where it is used
+class VAETokenizer(AutoencoderTokenizer):
+    """A pretrained diffusers `AutoencoderKL`, frozen and deterministic (mode of the posterior, not a sample).
 
-    folder = Path(path, subfolder or "")
-    if Path(path).exists():
-        _check_folder(folder)
-    try:
-        config = AutoencoderKL.load_config(path, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the config of the image autoencoder {path!r} (subfolder {subfolder!r}) could not be read, here "
-            "or from the Hugging Face hub; give a folder that AutoencoderKL.save_pretrained wrote, or a name "
-            f"on the hub that this machine can download. The cause: {error}"
-        ) from error
-    kind = config.get("_class_name")
-    if kind != "AutoencoderKL":
-        raise ValueError(f"{str(folder)!r} holds a {kind}, expected an AutoencoderKL (see _class_name in config.json)")
-    # What an older config does not say is the constructor's default, as when the weights are loaded.
-    defaults = {name: argument.default for name, argument in inspect.signature(AutoencoderKL).parameters.items()}
-    config = defaults | AutoencoderKL.extract_init_dict(config)[0]
-    if config["in_channels"] != 3 or config["out_channels"] != 3:
-        raise ValueError(f"{str(folder)!r} works on {config['in_channels']} image channels, expected 3 (RGB)")
-    return config
+    Latents are normalised as in diffusers' pipelines: `(mode - shift_factor) * scaling_factor`, or with
+    `latents_mean` and `latents_std` where the config has them.
+    """
 
+    kind = "AutoencoderKL"
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{str(folder)!r} has no config.json; give a folder that AutoencoderKL.save_pretrained wrote "
-            "(of a pipeline, its subfolder vae)"
-        )
-    if not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
-        raise ValueError(f"{str(folder)!r} has a config.json but no weights (*.safetensors or *.bin)")
+    @property
+    def channels(self) -> int:
+        """C of its latents."""
+        return self.config["latent_channels"]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Load the weights if need be, and move them and the latents' statistics."""
+        super().to(device)
+        shape = 1, self.channels, 1, 1
+        shift = self.config.get("latents_mean") or self.config.get("shift_factor") or 0.0
+        std = torch.tensor(self.config.get("latents_std") or 1.0).expand(self.channels).reshape(shape)
+        self._shift = torch.tensor(shift, dtype=torch.float32).expand(self.channels).reshape(shape).to(device)
+        self._scale = (self.config["scaling_factor"] / std).to(device)
+        return self
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Mode of the posterior, normalised."""
+        return (self._network.encode(images).latent_dist.mode().float() - self._shift) * self._scale
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Undo the normalisation, decode."""
+        return self._network.decode((latents / self._scale + self._shift).to(self.dtype)).sample
 
 
-def _load_frozen(path: str, subfolder: str | None, dtype: torch.dtype) -> torch.nn.Module:
-    from diffusers import AutoencoderKL
+class VQTokenizer(AutoencoderTokenizer):
+    """A pretrained diffusers `VQModel`, frozen: latents are the ids of the nearest codes.
 
-    vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
-    return vae.eval().requires_grad_(False)
+    One channel of whole numbers 0 ... codebook_size - 1 in float32, (I, 1, h, w), so that what holds latents (batches,
+    the packer, caches) holds ids, too. They are names, not amounts: nothing may be added to them, and bfloat16 would
+    round those above 256.
+    """
+
+    kind, channels = "VQModel", 1
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return self.config["num_vq_embeddings"]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Load the weights if need be, and move them; codes are compared in float32."""
+        super().to(device)
+        self._network.quantize.float()
+        return self
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Ids of the nearest codes."""
+        vectors = self._network.encode(images).latents.float()  # (n, D, h, w)
+        *_, (_, _, ids) = self._network.quantize(vectors)  # (n h w,)
+        return ids.view(len(vectors), 1, *vectors.shape[2:]).float()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Look the codes up, decode."""
+        ids = latents[:, 0].long()  # (n, h, w)
+        if bool(((latents[:, 0] != ids) | (ids < 0) | (ids >= self.codebook_size)).any()):
+            raise ValueError(
+                f"got ids from {latents.min():g} to {latents.max():g}, expected whole numbers from 0 to "
+                f"{self.codebook_size - 1}, of the codebook of {self.path!r}"
+            )
+        codes = self._network.quantize.embedding(ids).permute(0, 3, 1, 2).to(self.dtype)  # (n, D, h, w)
+        normalised_by = codes if self.config["norm_type"] == "spatial" else None  # MoVQ
+        return self._network.decoder(self._network.post_quant_conv(codes), normalised_by)

@@ -1,0 +1,92 @@
+"""Folders of diffusers' autoencoders: which kind one holds, its configuration, its frozen network, its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENIZERS = {"AutoencoderKL": "VAETokenizer", "VQModel": "VQTokenizer"}  # by the kind that they read
+
+
+def load_config(path: str, subfolder: str | None, kind: str) -> dict[str, Any]:
+    """The constructor's arguments of the autoencoder in a folder or on the Hugging Face hub.
+
+    Args:
+        path, subfolder: where it is.
+        kind: the class that it has to be, `AutoencoderKL` or `VQModel`.
+
+    Raises:
+        ValueError: it cannot be read, is of another kind, or of pictures without three channels.
+    """
+    network = _class_of(kind)
+    folder = Path(path, subfolder or "")
+    if Path(path).exists():
+        _check_folder(folder, kind)
+    try:
+        config = network.load_config(path, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the config of the image autoencoder {path!r} (subfolder {subfolder!r}) could not be read, here "
+            f"or from the Hugging Face hub; give a folder that {kind}.save_pretrained wrote, or a name "
+            f"on the hub that this machine can download. The cause: {error}"
+        ) from error
+    found = config.get("_class_name")
+    if found != kind:
+        advice = f"; {TOKENIZERS[found]} reads it" if found in TOKENIZERS else ""
+        raise ValueError(
+            f"{str(folder)!r} holds a {found}, expected {' or '.join(f'{k} ({t})' for k, t in TOKENIZERS.items())}, "
+            f"and {kind} for {TOKENIZERS[kind]} (see _class_name in config.json){advice}"
+        )
+    # What an older config does not say is the constructor's default, as when the weights are loaded.
+    defaults = {name: argument.default for name, argument in inspect.signature(network).parameters.items()}
+    config = defaults | network.extract_init_dict(config)[0]
+    if config["in_channels"] != 3 or config["out_channels"] != 3:
+        raise ValueError(f"{str(folder)!r} works on {config['in_channels']} image channels, expected 3 (RGB)")
+    return config
+
+
+def load_frozen(path: str, subfolder: str | None, kind: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The network with its weights, for evaluation only."""
+    options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}  # or it asks for accelerate, each time
+    network = _class_of(kind).from_pretrained(path, subfolder=subfolder, **options)
+    return network.eval().requires_grad_(False)
+
+
+def fingerprint_of(path: str, subfolder: str | None, config: dict[str, Any]) -> str:
+    """16 characters of the sha256 of the configuration and of the weights' files, in the order of their names."""
+    if Path(path).exists():
+        folder = Path(path, subfolder or "")
+    else:
+        from huggingface_hub import snapshot_download
+
+        prefix = f"{subfolder}/" if subfolder else ""
+        names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
+        folder = Path(snapshot_download(path, allow_patterns=[prefix + name for name in names]), subfolder or "")
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+    # the same order of preference as from_pretrained's
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with file.open("rb") as weights:
+            while block := weights.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _class_of(kind: str) -> Any:
+    import diffusers  # takes seconds to import: only where it is used
+
+    return getattr(diffusers, kind)
+
+
+def _check_folder(folder: Path, kind: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} has no config.json; give a folder that {kind}.save_pretrained wrote "
+            "(of a pipeline, its subfolder vae or vqvae)"
+        )
+    if not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        raise ValueError(f"{str(folder)!r} has a config.json but no weights (*.safetensors or *.bin)")

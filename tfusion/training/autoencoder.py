@@ -1,0 +1,201 @@
+"""`AutoencoderModule`: train the autoencoder that images are diffused, or tokenised, in; the same data and commands.
+
+L = L1 + perceptual + 0.5 adversarial + regularisation, which is 1e-6 KL or the codebook's loss (Transfusion §4.1 and
+appendix A). One optimizer, one backward: the autoencoder's adversarial term sees a discriminator of fixed weights, the
+discriminator's own term sees pictures that are not traced back, so neither's gradient gets into the other.
+
+Legend: I image slots, S a picture's side, C, h, w latents, A micro-batches a step, W ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from tfusion.data.validation import GIVEN_IMAGE
+from tfusion.metrics import Reference
+from tfusion.models.autoencoder import Autoencoder, Coded, VQAutoencoder
+from tfusion.sequence import Batch
+from tfusion.training.autoencoder_export import export
+from tfusion.training.autoencoder_losses import Perceptual, PerceptualWeights, adversarial, hinge, l1
+from tfusion.training.autoencoder_validation import AutoencoderValidation
+from tfusion.training.base import TrainedModule
+from tfusion.training.codebook import StepCodes, statistics
+from tfusion.training.validation_log import log_validation
+
+
+class AutoencoderModule(TrainedModule):
+    """Train a `KLAutoencoder` or a `VQAutoencoder` on the pictures of captioned corpora.
+
+    In fit each validation writes `autoencoder/` in the run folder, which `VAETokenizer` or `VQTokenizer` reads, and
+    `samples/step=NNNNNNN.png`, originals above what came back.
+
+    Args:
+        model: the autoencoder, with or without a discriminator.
+        perceptual: LPIPS: `cached` = if its weights are on this machine, `download`, or `off`.
+        perceptual_weight: of LPIPS (paper: 1).
+        gan_weight: of the adversarial term (paper: 0.5).
+        gan_start: the step from which on there is one (paper: 50,000).
+        kl_weight: of the KL, summed over an image's latents (paper: 1e-6); L1 is a mean over pixels.
+        codebook_weight: of the codebook's loss, a mean over vectors (paper: 1).
+        lr, betas, eps, weight_decay, warmup_steps, final_lr_share: as `TransfusionModule`'s; the discriminator's too.
+        ema: keep an average of the weights, which is what is validated and exported.
+        seed: of the initial weights, and of what dead codes restart from.
+    """
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        perceptual: PerceptualWeights = "cached",
+        perceptual_weight: float = 1.0,
+        gan_weight: float = 0.5,
+        gan_start: int = 50_000,
+        kl_weight: float = 1e-6,
+        codebook_weight: float = 1.0,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.5, 0.9),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 1000,
+        final_lr_share: float = 0.05,
+        ema: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, None, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed)
+        vq = isinstance(model, VQAutoencoder)
+        self.regularisation = "codebook" if vq else "kl"  # its name in metrics
+        self.weights = {
+            "l1": 1.0,
+            "perceptual": perceptual_weight,
+            "adversarial": gan_weight,
+            "discriminator": 1.0,  # a task of its own
+            self.regularisation: codebook_weight if vq else kl_weight,
+        }
+        self.gan_start = gan_start
+        self.perceptual = Perceptual(perceptual)
+        self.codes = StepCodes(seed) if vq else None
+        self._sums: dict[str, Tensor] = {}  # of the step's micro-batches
+        self._network: Reference | None = None
+        self._validation: AutoencoderValidation | None = None
+
+    def architecture(self) -> dict[str, Any]:
+        """What shapes do not show."""
+        model = self.model
+        return {"kind": model.kind, "image_size": model.image_size, "norm_num_groups": model.norm_num_groups}
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that is not pictures alone, and weights in shards."""
+        data = self.trainer.datamodule
+        if data.text_corpora or data.choices or not data.image_corpora:
+            raise ValueError("an autoencoder learns from pictures alone: leave out data.text_corpora and data.choices")
+        if data.image_first_noise_limit == 0:
+            raise ValueError(
+                "got data.image_first_noise_limit 0, which says that such pictures have no loss: leave it out"
+            )
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError("got FSDP2; an autoencoder is small: train it on one device or with DDP")
+
+    def configure_model(self) -> None:
+        """Allocate and fill the weights, and look for LPIPS's."""
+        super().configure_model()
+        self.perceptual.load(self.trainer.strategy.root_device)
+
+    def _pictures(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(I, 3, S, S) in [-1, 1], and as many normal numbers as there are latents (I, C, h, w)."""
+        if batch.images is None:
+            raise ValueError("the data holds latents; an autoencoder learns from pictures: give corpora of pictures")
+        shape = self.model.coded_shape
+        numbers = batch.noise.flatten(1)[:, : shape[0] * shape[1] * shape[2]]  # rows draw them for 3 S^2
+        return batch.images.float() / 127.5 - 1, numbers.unflatten(1, shape)
+
+    def _parts(
+        self, model: Autoencoder, images: Tensor, noise: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor, Coded]:
+        """Each picture's losses (I,), unweighted, by name; what came back (I, 3, S, S); latents."""
+        coded = model.encode(images, noise)
+        reconstructed = model.decode(coded.latents)
+        parts = {"l1": l1(reconstructed, images), self.regularisation: coded.regularisation}
+        if self.perceptual.load(images.device):
+            parts["perceptual"] = self.perceptual(reconstructed, images)
+        return parts, reconstructed, coded
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, scaled so that the step's gradient is that of the mean over its pictures."""
+        images, noise = self._pictures(batch)
+        parts, reconstructed, coded = self._parts(self.model, images, noise)
+        discriminator = self.model.discriminator
+        if discriminator is not None and self.trainer.global_step >= self.gan_start:
+            parts["adversarial"] = adversarial(discriminator, reconstructed)
+            parts["discriminator"] = hinge(discriminator, reconstructed, images)
+        count = batch.step_counts[1].clone()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(count)
+        count = count.clamp(min=1)
+        means = {name: (each * batch.image_valid).sum() / count for name, each in parts.items()}
+        loss = sum(self.weights[name] * mean for name, mean in means.items())
+        if discriminator is not None and "discriminator" not in parts:
+            # before its time it has a gradient of 0, for DDP waits for one
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in discriminator.parameters())
+
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self._keep(means, loss, batch, first)
+        if self.codes is not None:
+            self.codes.add(coded, batch.image_valid, self.model.codebook_size, first)
+        # Lightning divides by A, DDP by W
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def _keep(self, means: dict[str, Tensor], loss: Tensor, batch: Batch, first: bool) -> None:
+        """Add up what a logging step reports."""
+        sums = {name: mean.detach() for name, mean in means.items()} | {"loss": loss.detach()}
+        sums |= {"images": batch.image_valid.sum().float(), "positions": (batch.document_ids >= 0).sum().float()}
+        self._sums = sums if first else {name: self._sums[name] + value for name, value in sums.items()}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate; put dead codes on vectors of this step."""
+        super().on_before_optimizer_step(optimizer)
+        if self.codes is not None:
+            self.codes.restart_dead(self.model, self.ema_model, self.trainer.global_step)
+
+    def step_metrics(self) -> dict[str, float]:
+        """Of the step that just ended, global; collective, and it waits for the device."""
+        values = torch.stack(list(self._sums.values()))
+        if self.trainer.world_size > 1:
+            dist.all_reduce(values)
+        metrics = {f"train/{name}": value for name, value in zip(self._sums, values.tolist(), strict=True)}
+        if self.codes is not None:
+            metrics |= {f"train/{name}": value for name, value in statistics(self.codes.use).items()}
+        metrics["train/grad_norm"] = float(self.grad_norm)
+        metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]
+        return metrics
+
+    def on_validation_epoch_start(self) -> None:
+        if self._network is None:
+            self._network = Reference()
+            self._network.load(self.device)
+        corpora = [corpus.name for corpus in self.trainer.datamodule.image_corpora]
+        self._validation = AutoencoderValidation(self.evaluation_model, corpora, self._network, self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Code and decode each held-out picture once, without noise: the view given_image has the same ones."""
+        view = self.trainer.datamodule.val_views[dataloader_idx]
+        if view.endswith(GIVEN_IMAGE):
+            return
+        images, _ = self._pictures(batch)
+        parts, reconstructed, coded = self._parts(self.evaluation_model, images, None)
+        self._validation.update(view, batch.images, reconstructed, parts, coded, batch.image_valid)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log; in fit write the sheet and the folder."""
+        log_validation(self.trainer, self, self._validation.compute(self.weights))
+        trainer = self.trainer
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        self._validation.write_sheet(root / "samples" / f"step={trainer.global_step:07d}.png")
+        latents = self._validation.latent_statistics() if self.codes is None else None
+        export(self.evaluation_model, root / "autoencoder", latents)
