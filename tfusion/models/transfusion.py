@@ -10,6 +10,7 @@ Legend: B rows, T positions, D width, I image slots, P patches, C, h, w latent s
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tfusion.models.attention import Backend, training_mask
+from tfusion.models.conv_patches import JANUSFLOW_CHANNELS, ConvPatchDecoder, ConvPatchEncoder
 from tfusion.models.kv_cache import KVCache
 from tfusion.models.patches import LinearPatchDecoder, LinearPatchEncoder, num_patches
 from tfusion.models.transformer import Transformer
+from tfusion.models.unet_patches import PAPER_CHANNELS, UNetPatchDecoder, UNetPatchEncoder
 from tfusion.randomness import generator
 from tfusion.sequence import Batch
+
+Adapter = Literal["linear", "unet", "conv"]
 
 
 class Transfusion(nn.Module):
@@ -37,9 +42,13 @@ class Transfusion(nn.Module):
         num_kv_heads: key and value heads; None = num_heads (the paper's).
         hidden_dim: feed-forward width; None = Llama's 8/3 D.
         max_seq_len: T, the longest sequence (paper: 4096).
+        adapter: how latents become patch vectors and back: `linear`, `unet` (the paper's two) or `conv` (JanusFlow's).
+        adapter_channels: how large a U-Net or a convolutional adapter is: its channels at the patches' resolution;
+            None = as published (`unet` 1280: 0.27B, `conv` 1376: 70M). A linear one has nothing to choose.
         patch_positions: add a learned vector for each place in the image to its patches. The paper names none (rotary
             positions alone tell places apart); BAGEL has a table. Small models learn faster with it (LOG.md).
-        image_attention: inside an image, `bidirectional` (the paper's) or `causal` (its table 5).
+        image_attention: inside an image, `bidirectional` (the paper's) or `causal` (its table 5); of the trunk, for
+            adapters that mix patches do so either way, as the paper's U-Net.
         predict_text: False = no text head: captions are read, not predicted.
         qk_norm: RMSNorm on queries and keys (not the paper's; BAGEL and SD3 add it for stability).
         rope_theta: base of the rotary frequencies.
@@ -63,6 +72,8 @@ class Transfusion(nn.Module):
         num_kv_heads: int | None = None,
         hidden_dim: int | None = None,
         max_seq_len: int = 4096,
+        adapter: Adapter = "linear",
+        adapter_channels: int | None = None,
         patch_positions: bool = False,
         image_attention: Literal["bidirectional", "causal"] = "bidirectional",
         predict_text: bool = True,
@@ -80,7 +91,17 @@ class Transfusion(nn.Module):
             raise ValueError("got no latent_shape and predict_text false: such a model predicts nothing")
         if image_attention not in ("bidirectional", "causal"):
             raise ValueError(f"got image_attention {image_attention!r}, expected 'bidirectional' or 'causal'")
+        if adapter not in ("linear", "unet", "conv"):
+            raise ValueError(f"got adapter {adapter!r}, expected 'linear', 'unet' or 'conv'")
+        if adapter != "linear" and latent_shape is None:
+            raise ValueError(f"got adapter {adapter!r} without latent_shape: a model of text alone has no adapters")
+        if adapter_channels is not None and (adapter == "linear" or adapter_channels < 1):
+            raise ValueError(
+                f"got adapter_channels {adapter_channels} for adapter {adapter!r}: it is the size, >= 1, of a unet or "
+                "conv adapter, and null for a linear one"
+            )
         self.vocab_size, self.latent_shape, self.patch_size = vocab_size, latent_shape, patch_size
+        self.adapter = adapter
         self.max_seq_len, self.attention_backend = max_seq_len, attention_backend
         self.image_attention = image_attention
         self.num_patches = 0 if latent_shape is None else num_patches(latent_shape, patch_size)
@@ -88,7 +109,8 @@ class Transfusion(nn.Module):
             self.embedding = nn.Embedding(vocab_size, dim)
             self.patch_encoder, self.patch_decoder = None, None
             if latent_shape is not None:
-                self.patch_encoder = LinearPatchEncoder(latent_shape, patch_size, dim, patch_positions)
+                sizes = (latent_shape, patch_size, dim)
+                self.patch_encoder = _encoder(adapter, sizes, adapter_channels, patch_positions)
             self.transformer = Transformer(
                 dim,
                 num_layers,
@@ -103,7 +125,7 @@ class Transfusion(nn.Module):
             )
             self.text_head = nn.Linear(dim, vocab_size, bias=False) if predict_text else None
             if latent_shape is not None:
-                self.patch_decoder = LinearPatchDecoder(latent_shape, patch_size, dim)
+                self.patch_decoder = _decoder(adapter, sizes, adapter_channels)
 
     def forward(
         self, batch: Batch, x_t: Tensor | None, timesteps: Tensor | None
@@ -179,24 +201,53 @@ class Transfusion(nn.Module):
         """Draw every weight from a generator seeded by (seed, its name): layout and device change nothing.
 
         ===========================  =============================================
+        biases                       0
         norms' weights               1
-        biases, patch_decoder.proj   0 (the first output is the mean, as in DiT)
+        patch_decoder.proj           0 (the first output is the mean, as in DiT)
         o_proj, down_proj            N(0, 0.02 / sqrt(2 layers)) (GPT-2: the stream keeps its scale)
         all other matrices           N(0, 0.02): also patch_encoder.proj, for at unit scale noise would drown what
                                      the blocks write to the stream, and captions are learned late (LOG.md)
+        of a U-Net or convolutions   N(0, 1 / sqrt(inputs)); the encoder's last layer a tenth of it, for the same
+                                     reason: patch vectors then are as large as a linear encoder's
         ===========================  =============================================
         """
-        depth = len(self.transformer.blocks)
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                full = torch.ones(parameter.shape)
-            elif name.endswith("bias") or name == "patch_decoder.proj.weight":
+            if name.endswith("bias") or name == "patch_decoder.proj.weight":
                 full = torch.zeros(parameter.shape)
+            elif "norm" in name:
+                full = torch.ones(parameter.shape)
             else:
-                scaled = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / (2 * depth) ** 0.5 if scaled else 0.02
-                full = torch.randn(parameter.shape, generator=generator("weights", seed, name)) * std
+                full = torch.randn(parameter.shape, generator=generator("weights", seed, name))
+                full *= self._initial_std(name, parameter.shape)
             if isinstance(parameter, DTensor):  # every rank drew the same tensor and keeps its shard
                 full = full.to(parameter.device)
                 full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(full)
+
+    def _initial_std(self, name: str, shape: torch.Size) -> float:
+        """Of a matrix or a convolution, (outputs, inputs, ...)."""
+        if name.startswith("patch_") and self.adapter != "linear" and "positions" not in name:
+            share = 0.1 if name == "patch_encoder.proj.weight" else 1.0
+            return share / math.prod(shape[1:]) ** 0.5
+        scaled = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return 0.02 / (2 * len(self.transformer.blocks)) ** 0.5 if scaled else 0.02
+
+
+def _encoder(
+    adapter: Adapter, sizes: tuple[tuple[int, int, int], int, int], channels: int | None, positions: bool
+) -> nn.Module:
+    """Of latents (C, h, w) in patches of side k to vectors of width D."""
+    if adapter == "unet":
+        return UNetPatchEncoder(*sizes, channels or PAPER_CHANNELS, positions)
+    if adapter == "conv":
+        return ConvPatchEncoder(*sizes, channels or JANUSFLOW_CHANNELS, positions)
+    return LinearPatchEncoder(*sizes, positions)
+
+
+def _decoder(adapter: Adapter, sizes: tuple[tuple[int, int, int], int, int], channels: int | None) -> nn.Module:
+    """The way back."""
+    if adapter == "unet":
+        return UNetPatchDecoder(*sizes, channels or PAPER_CHANNELS)
+    if adapter == "conv":
+        return ConvPatchDecoder(*sizes, channels or JANUSFLOW_CHANNELS)
+    return LinearPatchDecoder(*sizes)
