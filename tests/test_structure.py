@@ -16,7 +16,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TIERS = [
     {"randomness"},
     {"sequence", "diffusion"},
-    {"pictures", "samplers", "models.attention", "models.kv_cache", "models.transformer", "models.patches", "losses"},
+    {
+        "pictures",
+        "samplers",
+        "models.attention",
+        "models.kv_cache",
+        "models.transformer",
+        "models.patches",
+        "models.unet_patches",
+        "models.conv_patches",
+        "losses",
+    },
     {
         "token_sampling",
         "requests",

@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 ADAPTERS = ("patch_encoder", "patch_decoder")
 OF_ADAPTERS = ("latent_channels", "patch_size", "adapter", "image_attention", "family", "prediction_type")
 
-UNSAID = {"norm_order": "pre", "image_attention": "bidirectional"}  # what a model that does not say it has
+UNSAID = {
+    "norm_order": "pre",
+    "image_attention": "bidirectional",
+    "adapter": "linear",
+}  # what a model that does not say it has
 
 
 @dataclass(frozen=True)
