@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, VQModel
 
 from tests.reference.ids import BlockIds
 from tfusion.data.corpora import CaptionedImage
@@ -22,6 +23,7 @@ from tfusion.tokenizers import TextTokenizer
 from tfusion.training.chameleon import ChameleonModule
 from tfusion.training.transfusion import TransfusionModule
 
+ROOT = Path(__file__).parents[1]
 IMAGE_SIZE = 8
 BYTES_VOCAB_SIZE = 261  # 5 special ids and 256 bytes: no merges
 TINY_AUTOENCODER = {  # of diffusers' AutoencoderKL
@@ -186,3 +188,30 @@ def attached() -> Callable[..., MultimodalDataModule]:
         return data
 
     return attach
+
+
+@pytest.fixture(scope="session")
+def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `configs/` and, under `runs/`, tiny autoencoders where the configs expect trained ones."""
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for name, halvings, codes in (
+        ("autoencoder", 2, None),
+        ("vq_autoencoder", 2, 512),
+        ("autoencoder_256", 3, None),
+        ("vq_autoencoder_256", 3, 16384),
+    ):
+        stages = halvings + 1
+        sizes = {"block_out_channels": (4,) * stages, "norm_num_groups": 2, "latent_channels": 8}
+        sizes |= {
+            "down_block_types": ("DownEncoderBlock2D",) * stages,
+            "up_block_types": ("UpDecoderBlock2D",) * stages,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            kind = AutoencoderKL if codes is None else VQModel
+            more = {"mid_block_add_attention": False} | (
+                {"num_vq_embeddings": codes, "vq_embed_dim": 4} if codes else {}
+            )
+            kind(**sizes, **more).save_pretrained(folder / "runs" / name / "autoencoder")
+    return folder

@@ -21,6 +21,9 @@ PAPER = {  # layers, D, heads, blocks, embeddings, adapters' share
 }
 # Exact, with a vocabulary of 32,000 + 5, latents 8 x 32 x 32, patch 2: a change here changes the model.
 GOLDEN = {  # blocks and final norm, embedding and head, adapters
+    "0.8m": (853_120, 8_193_280, 57_760),
+    "1.8m": (1_771_200, 12_289_920, 98_912),
+    "14m": (14_162_304, 24_579_840, 271_520),
     "tiny": (4_820_224, 16_386_560, 148_256),
     "small": (25_698_816, 32_773_120, 427_552),
     "0.16b": (113_271_552, 49_159_680, 837_920),

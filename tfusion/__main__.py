@@ -40,6 +40,7 @@ from tfusion.callbacks.training_metrics import TrainingMetrics
 from tfusion.callbacks.writer import PredictionWriter
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.training import run_folder
+from tfusion.training.base import TrainedModule
 from tfusion.training.chameleon import ChameleonModule  # noqa: F401 (so that YAML may name it, as --help does)
 from tfusion.training.compatibility import check_state_dict
 from tfusion.training.parallel import check_strategy
@@ -149,10 +150,13 @@ class TfusionCLI(LightningCLI):
         """Refuse what the number of processes does not allow, while there is one."""
         self.datamodule.layout_under(self.trainer)
         self._check_strategy()
+        if isinstance(self.model, TrainedModule) and self.model.ckpt_path is None:
+            self.model.check_init_from()
 
     def _check_strategy(self) -> None:
         strategy, ckpt_path = self.trainer.strategy, self.config_init[self.subcommand].ckpt_path
         check_strategy(strategy, self.trainer.world_size)
+        self.model.ckpt_path = ckpt_path
         if isinstance(strategy, ModelParallelStrategy) and ckpt_path:  # Lightning's loader would not say it in words
             saved = torch.load(ckpt_path, map_location="cpu", mmap=True, weights_only=True)
             check_state_dict(self.model.state_dict(), saved["state_dict"])

@@ -57,12 +57,15 @@ class SampleGrid(pl.Callback):
         self._last_step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a run that nothing could be sampled from."""
+        """Refuse a run that nothing could be sampled from, or no pictures as they are asked for."""
         if stage == "fit" and not hasattr(trainer.datamodule, "sample_requests"):
             raise ValueError(
                 "SampleGrid needs a data module with sample_requests(), got "
                 f"{type(trainer.datamodule).__name__}; use MultimodalDataModule or leave the callback out"
             )
+        pictures = self.numbers[0] > 0 and getattr(trainer.datamodule, "image_corpora", None)
+        if stage == "fit" and pictures and hasattr(pl_module, "generation"):
+            pl_module.check_requests([Request(("",), "image", config=pl_module.generation)])
 
     def state_dict(self) -> dict[str, int]:
         """A resumed run makes the sheets of an unbroken one."""

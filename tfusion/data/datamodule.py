@@ -165,7 +165,15 @@ class MultimodalDataModule(L.LightningDataModule):
         if stage == "fit":
             self.step, self.positions = 0, {}
             self.layout = self.layout_under(self.trainer)
-        self.prepare_mixture(self.trainer.lightning_module)
+        module = self.trainer.lightning_module
+        if getattr(module, "init_from", None) is not None:  # whose ids a warm start's weights mean is known before them
+            module.take_text_tokenizer()
+            if self.tokenizer_file is not None:
+                raise ValueError(
+                    "got data.tokenizer_file and init_from, whose weights come with their own tokenizer: set "
+                    "data.tokenizer_file to null"
+                )
+        self.prepare_mixture(module)
         self.val_views = [
             *(corpus.name for corpus in self.text_corpora),
             *(corpus.name + ending for corpus in self.image_corpora for ending in ("", GIVEN_IMAGE)),

@@ -56,9 +56,9 @@ class MultimodalModel(nn.Module):
             if module is not self and hasattr(module, "fill_buffers"):
                 module.fill_buffers()
 
-    def initial_std(self, name: str) -> float:
-        """Of a matrix: 0.02; of what writes to the stream less, 0.02 / sqrt(2 layers), so that it keeps its scale
-        (GPT-2).
+    def initial_std(self, name: str, shape: torch.Size) -> float:
+        """Of a matrix (outputs, inputs): 0.02; of what writes to the stream less, 0.02 / sqrt(2 layers) (GPT-2), so
+        that it keeps its scale.
         """
         scaled = name.endswith(("o_proj.weight", "down_proj.weight"))
         return 0.02 / (2 * len(self.transformer.blocks)) ** 0.5 if scaled else 0.02
@@ -70,13 +70,13 @@ class MultimodalModel(nn.Module):
         Norms' weights are 1, biases 0, matrices N(0, `initial_std`).
         """
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                full = torch.ones(parameter.shape)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 full = torch.zeros(parameter.shape)
+            elif "norm" in name:
+                full = torch.ones(parameter.shape)
             else:
                 full = torch.randn(parameter.shape, generator=generator("weights", seed, name))
-                full *= self.initial_std(name)
+                full *= self.initial_std(name, parameter.shape)
             if isinstance(parameter, DTensor):  # every rank drew the same tensor and keeps its shard
                 full = full.to(parameter.device)
                 full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -10,6 +10,7 @@ Legend: B rows, T positions, D width, I image slots, P patches, C, h, w latent s
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,9 +18,13 @@ from torch import Tensor, nn
 
 from tfusion.models.attention import Backend, training_mask
 from tfusion.models.base import MultimodalModel, image_positions
+from tfusion.models.conv_patches import JANUSFLOW_CHANNELS, ConvPatchDecoder, ConvPatchEncoder
 from tfusion.models.patches import LinearPatchDecoder, LinearPatchEncoder, num_patches
 from tfusion.models.transformer import Transformer
+from tfusion.models.unet_patches import PAPER_CHANNELS, UNetPatchDecoder, UNetPatchEncoder
 from tfusion.sequence import Batch
+
+Adapter = Literal["linear", "unet", "conv"]
 
 
 class Transfusion(MultimodalModel):
@@ -35,9 +40,13 @@ class Transfusion(MultimodalModel):
         num_kv_heads: key and value heads; None = num_heads (the paper's).
         hidden_dim: feed-forward width; None = Llama's 8/3 D.
         max_seq_len: T, the longest sequence (paper: 4096).
+        adapter: how latents become patch vectors and back: `linear`, `unet` (the paper's two) or `conv` (JanusFlow's).
+        adapter_channels: how large a U-Net or a convolutional adapter is: its channels at the patches' resolution;
+            None = as published (`unet` 1280: 0.27B, `conv` 1376: 70M). A linear one has nothing to choose.
         patch_positions: add a learned vector for each place in the image to its patches. The paper names none (rotary
             positions alone tell places apart); BAGEL has a table. Small models learn faster with it (LOG.md).
-        image_attention: inside an image, `bidirectional` (the paper's) or `causal` (its table 5).
+        image_attention: inside an image, `bidirectional` (the paper's) or `causal` (its table 5); of the trunk, for
+            adapters that mix patches do so either way, as the paper's U-Net.
         predict_text: False = no text head: captions are read, not predicted.
         qk_norm: RMSNorm on queries and keys (not the paper's; BAGEL and SD3 add it for stability).
         rope_theta: base of the rotary frequencies.
@@ -61,6 +70,8 @@ class Transfusion(MultimodalModel):
         num_kv_heads: int | None = None,
         hidden_dim: int | None = None,
         max_seq_len: int = 4096,
+        adapter: Adapter = "linear",
+        adapter_channels: int | None = None,
         patch_positions: bool = False,
         image_attention: Literal["bidirectional", "causal"] = "bidirectional",
         predict_text: bool = True,
@@ -78,7 +89,17 @@ class Transfusion(MultimodalModel):
             raise ValueError("got no latent_shape and predict_text false: such a model predicts nothing")
         if image_attention not in ("bidirectional", "causal"):
             raise ValueError(f"got image_attention {image_attention!r}, expected 'bidirectional' or 'causal'")
+        if adapter not in ("linear", "unet", "conv"):
+            raise ValueError(f"got adapter {adapter!r}, expected 'linear', 'unet' or 'conv'")
+        if adapter != "linear" and latent_shape is None:
+            raise ValueError(f"got adapter {adapter!r} without latent_shape: a model of text alone has no adapters")
+        if adapter_channels is not None and (adapter == "linear" or adapter_channels < 1):
+            raise ValueError(
+                f"got adapter_channels {adapter_channels} for adapter {adapter!r}: it is the size, >= 1, of a unet or "
+                "conv adapter, and null for a linear one"
+            )
         self.vocab_size, self.latent_shape, self.patch_size = vocab_size, latent_shape, patch_size
+        self.adapter = adapter
         self.max_seq_len, self.attention_backend = max_seq_len, attention_backend
         self.image_attention = image_attention
         self.num_patches = 0 if latent_shape is None else num_patches(latent_shape, patch_size)
@@ -86,7 +107,8 @@ class Transfusion(MultimodalModel):
             self.embedding = nn.Embedding(vocab_size, dim)
             self.patch_encoder, self.patch_decoder = None, None
             if latent_shape is not None:
-                self.patch_encoder = LinearPatchEncoder(latent_shape, patch_size, dim, patch_positions)
+                sizes = (latent_shape, patch_size, dim)
+                self.patch_encoder = _encoder(adapter, sizes, adapter_channels, patch_positions)
             self.transformer = Transformer(
                 dim,
                 num_layers,
@@ -101,7 +123,7 @@ class Transfusion(MultimodalModel):
             )
             self.text_head = nn.Linear(dim, vocab_size, bias=False) if predict_text else None
             if latent_shape is not None:
-                self.patch_decoder = LinearPatchDecoder(latent_shape, patch_size, dim)
+                self.patch_decoder = _decoder(adapter, sizes, adapter_channels)
 
     def forward(
         self, batch: Batch, x_t: Tensor | None, timesteps: Tensor | None
@@ -154,10 +176,40 @@ class Transfusion(MultimodalModel):
         """What clean images (I, C, h, w) are in a row: (I, P, D)."""
         return self.patch_encoder(clean, clean.new_zeros(len(clean)))[0]
 
-    def initial_std(self, name: str) -> float:
-        """0 for the decoder's last layer: the first output is the mean, as in DiT.
+    def initial_std(self, name: str, shape: torch.Size) -> float:
+        """Of a matrix or a convolution (outputs, inputs, ...).
 
-        The encoder's is drawn as all others are, for at unit scale noise would drown what the blocks write to the
-        stream, and captions are learned late (LOG.md).
+        ==========================  =============================================
+        patch_decoder.proj          0 (the first output is the mean, as in DiT)
+        of a U-Net or convolutions  1 / sqrt(inputs); the encoder's last layer a tenth of it, for the same reason as
+                                    below: patch vectors then are as large as a linear encoder's
+        all others                  the trunk's, also patch_encoder.proj: at unit scale noise would drown what the
+                                    blocks write to the stream, and captions are learned late (LOG.md)
+        ==========================  =============================================
         """
-        return 0.0 if name == "patch_decoder.proj.weight" else super().initial_std(name)
+        if name == "patch_decoder.proj.weight":
+            return 0.0
+        if name.startswith("patch_") and self.adapter != "linear" and "positions" not in name:
+            share = 0.1 if name == "patch_encoder.proj.weight" else 1.0
+            return share / math.prod(shape[1:]) ** 0.5
+        return super().initial_std(name, shape)
+
+
+def _encoder(
+    adapter: Adapter, sizes: tuple[tuple[int, int, int], int, int], channels: int | None, positions: bool
+) -> nn.Module:
+    """Of latents (C, h, w) in patches of side k to vectors of width D."""
+    if adapter == "unet":
+        return UNetPatchEncoder(*sizes, channels or PAPER_CHANNELS, positions)
+    if adapter == "conv":
+        return ConvPatchEncoder(*sizes, channels or JANUSFLOW_CHANNELS, positions)
+    return LinearPatchEncoder(*sizes, positions)
+
+
+def _decoder(adapter: Adapter, sizes: tuple[tuple[int, int, int], int, int], channels: int | None) -> nn.Module:
+    """The way back."""
+    if adapter == "unet":
+        return UNetPatchDecoder(*sizes, channels or PAPER_CHANNELS)
+    if adapter == "conv":
+        return ConvPatchDecoder(*sizes, channels or JANUSFLOW_CHANNELS)
+    return LinearPatchDecoder(*sizes)

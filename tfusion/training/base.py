@@ -7,7 +7,9 @@ refusals in words of checkpoints that do not fit.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,6 +25,9 @@ from tfusion.training.compatibility import (
     recount_micro_batches,
 )
 from tfusion.training.optim import adamw, clip_gradients, lr_factor, parameter_groups, parameter_names
+from tfusion.training.warm_start import InitFrom, WarmStart, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class TrainedModule(L.LightningModule):
@@ -37,6 +42,7 @@ class TrainedModule(L.LightningModule):
         lr, betas, eps, weight_decay, warmup_steps, final_lr_share: of AdamW and its schedule.
         ema: keep an average of the weights.
         seed: of the initial weights.
+        init_from: another run, whose weights a fresh `fit` starts from; None = from random weights.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class TrainedModule(L.LightningModule):
         final_lr_share: float,
         ema: bool,
         seed: int,
+        init_from: InitFrom | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -58,7 +65,10 @@ class TrainedModule(L.LightningModule):
         self.image_tokenizer = image_tokenizer or PixelTokenizer()  # a plain class: never in a checkpoint
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
         self.warmup_steps, self.final_lr_share = warmup_steps, final_lr_share
-        self.seed = seed
+        self.seed, self.init_from = seed, init_from
+        self.ckpt_path: str | None = None  # what this command goes on from; the command line says it
+        self._warm_start: WarmStart | None = None  # until its weights are filled in
+        self._caption_drop: float | None = None  # of the checkpoint
         self.text_tokenizer: TextTokenizer | None = None  # of the checkpoint, else the datamodule's
         self.latest_metrics: dict[str, float] = {}  # last logged, for the progress bar
         # not finite (I,) and keys of each micro-batch since the last logging step
@@ -78,9 +88,49 @@ class TrainedModule(L.LightningModule):
         """Averaged weights where there are any."""
         return self.model if self.ema_model is None else self.ema_model
 
+    @property
+    def caption_drop(self) -> float | None:
+        """Share of captions that training drops or has dropped; None where that is not known, or there are none."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return self._caption_drop
+        data = self.trainer.datamodule
+        return data.caption_drop if getattr(data, "image_corpora", None) else None
+
     def architecture(self) -> dict[str, Any]:
         """What weights depend on and their shapes do not show."""
         raise NotImplementedError
+
+    def check_init_from(self) -> None:
+        """Refuse weights to start from that do not fit; before anything is read of the data or allocated.
+
+        Raises:
+            ValueError: `init_from` names no checkpoint that fits.
+        """
+        if self.init_from is not None and self._warm_start is None:
+            sizes = (self.architecture(), self.model_vocab_size)
+            self._warm_start = WarmStart(self.init_from, self.model, *sizes)
+
+    def take_text_tokenizer(self) -> None:
+        """Of a run with `init_from`: take the tokenizer of the weights to come, before data are set up with it.
+
+        A command with `--ckpt_path` takes that checkpoint's, and needs the other run no more.
+        """
+        if self._materialized:
+            return
+        if self.ckpt_path is not None:
+            saved = read_checkpoint(Path(self.ckpt_path))
+            self.text_tokenizer = TextTokenizer.from_json(saved["text_tokenizer"])
+        elif self.trainer.state.fn == "fit":
+            self.check_init_from()
+            self.text_tokenizer = self._warm_start.text_tokenizer
+
+    def _fill_from_warm_start(self) -> None:
+        """At a fresh fit's first step: training and averaged weights both are those of the other run."""
+        if self._warm_start is not None and self.trainer.ckpt_path is None:
+            self._warm_start.fill([self.model] if self.ema_model is None else [self.model, self.ema_model])
+            if self.trainer.is_global_zero:
+                log.info("%s", self._warm_start.report(self.model))
+        self._warm_start = None  # and its file
 
     def configure_model(self) -> None:
         """Allocate and fill the weights on the device, once."""
@@ -117,6 +167,7 @@ class TrainedModule(L.LightningModule):
         fresh = parameter_groups(self.model, self.weight_decay)
         for group, new in zip(self.optimizers().param_groups, fresh, strict=True):
             group.update(betas=self.betas, eps=self.eps, weight_decay=new["weight_decay"])
+        self._fill_from_warm_start()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         step = self.trainer.global_step
@@ -137,6 +188,7 @@ class TrainedModule(L.LightningModule):
         """The tokenizer belongs to the weights, and moments to parameters by name, on every layout."""
         checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
         checkpoint["architecture"] = self.architecture()
+        checkpoint["caption_drop"] = self.caption_drop
         name_optimizer_state(checkpoint, self._optimizer_names())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -147,6 +199,7 @@ class TrainedModule(L.LightningModule):
             raise ValueError("the checkpoint has no text tokenizer: give one that `tfusion fit` wrote")
         check_architecture(self.architecture(), checkpoint["architecture"])
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
+        self._caption_drop = checkpoint.get("caption_drop")  # older ones do not say
         if self._trainer is not None and self.trainer.state.fn == "fit":
             recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
             number_optimizer_state(checkpoint, self._optimizer_names())

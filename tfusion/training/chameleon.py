@@ -21,6 +21,7 @@ from tfusion.sequence import IGNORE_INDEX, Batch
 from tfusion.tokenizers import ImageTokenizer
 from tfusion.training.multimodal import MultimodalModule
 from tfusion.training.step_sums import row_metrics, row_sums
+from tfusion.training.warm_start import InitFrom
 
 
 class ChameleonModule(MultimodalModule):
@@ -39,6 +40,7 @@ class ChameleonModule(MultimodalModule):
         ema: keep an average of the weights for evaluation.
         generation: default settings for samples and predictions.
         seed: of the initial weights.
+        init_from: another run, whose weights a fresh `fit` starts from; None = from random weights.
 
     Raises:
         ValueError: an image tokenizer that gives no ids, or ids of another number than the model's codebook_size.
@@ -60,9 +62,10 @@ class ChameleonModule(MultimodalModule):
         ema: bool = True,
         generation: GenerationConfig | None = None,
         seed: int = 0,
+        init_from: InitFrom | None = None,
     ) -> None:
         optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
-        super().__init__(model, image_tokenizer, *optimizer, ema, generation, seed)
+        super().__init__(model, image_tokenizer, *optimizer, ema, generation, seed, init_from)
         if z_loss_weight < 0:
             raise ValueError(f"got z_loss_weight {z_loss_weight}, expected 1e-5 (Chameleon's), or 0 for none")
         self.z_loss_weight = z_loss_weight

@@ -42,7 +42,10 @@ def check_state_dict(expected: dict[str, Tensor], found: dict[str, Tensor]) -> N
 
 def check_architecture(expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise ValueError, naming what differs, where settings that shapes do not show are not the same."""
-    found = {"image_attention": "bidirectional"} | found  # older checkpoints do not say what was not to be chosen
+    found = {
+        "image_attention": "bidirectional",
+        "adapter": "linear",
+    } | found  # older checkpoints do not say what was not to be chosen
     problems = [
         f"{name} is {found.get(name)!r}, the configured model has {value!r}"
         for name, value in expected.items()
@@ -59,6 +62,7 @@ def architecture_of(model: Transfusion, process: NoiseProcess) -> dict[str, Any]
         "rope_theta": model.transformer.rotary.theta,
         "latent_channels": model.latent_shape[0] if model.latent_shape else None,
         "patch_size": model.patch_size,
+        "adapter": model.adapter,
         "image_attention": model.image_attention,
         "family": process.family,
         "prediction_type": process.prediction_type,

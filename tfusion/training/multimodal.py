@@ -22,6 +22,7 @@ from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer
 from tfusion.training.base import TrainedModule
 from tfusion.training.parallel import check_strategy, shard, whole_model
+from tfusion.training.warm_start import InitFrom
 
 
 class MultimodalModule(TrainedModule):
@@ -31,7 +32,8 @@ class MultimodalModule(TrainedModule):
 
     Args:
         model: what is trained.
-        image_tokenizer, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed: `TrainedModule`'s.
+        image_tokenizer, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed, init_from:
+            `TrainedModule`'s.
         generation: default settings for samples and predictions.
     """
 
@@ -53,9 +55,10 @@ class MultimodalModule(TrainedModule):
         ema: bool,
         generation: GenerationConfig | None,
         seed: int,
+        init_from: InitFrom | None,
     ) -> None:
         optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
-        super().__init__(model, image_tokenizer, *optimizer, ema, seed)
+        super().__init__(model, image_tokenizer, *optimizer, ema, seed, init_from)
         self.generation = generation or GenerationConfig()
         self.step_sums: Tensor | None = None
         self._blank: list[MultimodalModel] = []  # under FSDP2 one, on meta: in a list, so not a part of this module
@@ -147,6 +150,20 @@ class MultimodalModule(TrainedModule):
     def check_requests(self, requests: Sequence[Request], numbers: list[int] | None = None) -> None:
         """Raise ValueError for a request that cannot be met; with all requests on every rank, so all refuse."""
         self._generator(self.evaluation_model).check(list(requests), numbers)
+        self._check_guidance(requests, numbers)
+
+    def _check_guidance(self, requests: Sequence[Request], numbers: list[int] | None) -> None:
+        """Refuse guidance away from a prediction without the caption that training has never shown."""
+        if self.caption_drop != 0 or not self.predicts_images:
+            return
+        for number, request in zip(numbers or range(len(requests)), requests, strict=True):
+            scale = request.config.guidance_scale
+            if request.generate != "text" and scale != 1:
+                raise ValueError(
+                    f"request {number} has guidance_scale {scale}, but training with data.caption_drop 0 shows no "
+                    "picture without its caption, which guidance leads away from: set guidance_scale to 1 (of the "
+                    "request, or generation.guidance_scale of the model), or train with data.caption_drop 0.1"
+                )
 
     def _generation_model(self) -> MultimodalModel:
         return whole_model(self.evaluation_model, self._blank, self._computes_in_bf16())

@@ -25,6 +25,7 @@ from tfusion.tokenizers import ImageTokenizer, PixelTokenizer
 from tfusion.training.compatibility import architecture_of
 from tfusion.training.multimodal import MultimodalModule
 from tfusion.training.step_sums import metrics_of, micro_batch_sums
+from tfusion.training.warm_start import InitFrom
 
 
 class TransfusionModule(MultimodalModule):
@@ -49,6 +50,7 @@ class TransfusionModule(MultimodalModule):
         ema: keep an average of the weights for evaluation (BAGEL, JanusFlow; the paper does not say).
         generation: default settings for samples and predictions.
         seed: of the initial weights.
+        init_from: another run, whose weights a fresh `fit` starts from; None = from random weights.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class TransfusionModule(MultimodalModule):
         ema: bool = True,
         generation: GenerationConfig | None = None,
         seed: int = 0,
+        init_from: InitFrom | None = None,
     ) -> None:
         optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
-        super().__init__(model, image_tokenizer, *optimizer, ema, generation, seed)
+        super().__init__(model, image_tokenizer, *optimizer, ema, generation, seed, init_from)
         if hasattr(self.image_tokenizer, "codebook_size"):
             raise ValueError(
                 f"got an image_tokenizer of {self.image_tokenizer.codebook_size} ids, which no noise can be added to: "
