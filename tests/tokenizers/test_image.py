@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -158,3 +159,23 @@ def test_subfolder_of_a_pipeline(folder: str) -> None:
     path = Path(folder)
     tokenizer = VAETokenizer(str(path.parent), subfolder=path.name)
     assert torch.equal(tokenizer.encode(_images()), VAETokenizer(folder).encode(_images()))
+
+
+def test_the_fingerprint_is_of_what_latents_mean(folder: str, tmp_path: Path) -> None:
+    """Not of where the folder lies, of its name or of the precision."""
+    first = VAETokenizer(folder).fingerprint
+    assert len(first) == 16
+    int(first, 16)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert VAETokenizer(str(tmp_path / "copy"), dtype="bfloat16", chunk_size=1).fingerprint == first
+    assert PixelTokenizer().fingerprint == "pixels"
+
+    (weights,) = (tmp_path / "copy").glob("*.safetensors")
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert VAETokenizer(str(tmp_path / "copy")).fingerprint != first
+    shutil.copytree(folder, tmp_path / "other")
+    config = json.loads(Path(folder, "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    assert VAETokenizer(str(tmp_path / "other")).fingerprint != first

@@ -8,8 +8,11 @@ Shapes: images (I, 3, H, W) in [-1, 1], latents (I, C, h, w).
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +22,11 @@ from torch import Tensor
 
 class ImageTokenizer(ABC):
     """What turns images into the latents that are diffused, and back."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What its latents mean: equal for tokenizers whose latents may be mixed; hex of 16 characters, or a word."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -39,6 +47,8 @@ class ImageTokenizer(ABC):
 
 class PixelTokenizer(ImageTokenizer):
     """The identity: latents are pixels."""
+
+    fingerprint = "pixels"
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the images themselves."""
@@ -102,6 +112,11 @@ class VAETokenizer(ImageTokenizer):
         self._shift = torch.tensor(shift, dtype=torch.float32).expand(channels).reshape(1, channels, 1, 1)
         self._scale = self.config["scaling_factor"] / torch.tensor(std).expand(channels).reshape(1, channels, 1, 1)
         self._vae: torch.nn.Module | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the configuration and of the weights' bytes; not of `dtype`, which only rounds. Reads the weights once."""
+        return _fingerprint_of(self.path, self.subfolder, self.config)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, image_size / factor, image_size / factor); an error names the nearest sizes that fit."""
@@ -199,3 +214,22 @@ def _load_frozen(path: str, subfolder: str | None, dtype: torch.dtype) -> torch.
 
     vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
     return vae.eval().requires_grad_(False)
+
+
+def _fingerprint_of(path: str, subfolder: str | None, config: dict[str, Any]) -> str:
+    """16 characters of the sha256 of the configuration and of the weights' files, in the order of their names."""
+    if Path(path).exists():
+        folder = Path(path, subfolder or "")
+    else:
+        from huggingface_hub import snapshot_download
+
+        prefix = f"{subfolder}/" if subfolder else ""
+        patterns = [f"{prefix}diffusion_pytorch_model.safetensors", f"{prefix}diffusion_pytorch_model-*-of-*.safetensors"]
+        folder = Path(snapshot_download(path, allow_patterns=patterns), subfolder or "")
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+    # the same order of preference as from_pretrained's
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with file.open("rb") as weights:
+            while block := weights.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
