@@ -25,6 +25,7 @@ TIERS = [
         "data.shakespeare",
         "data.shapes",
         "data.shapes_reader",
+        "data.latent_shards",
         "data.sources",
         "data.files",
         "data.json_lines",
@@ -34,7 +35,16 @@ TIERS = [
     {"data.mixture", "data.picture_records", "data.bad_records", "data.file_corpus"},
     {"data.picture_formats", "data.building"},
     {"data.text_records", "data.image_files"},
-    {"data.text_files", "data.steps", "data.validation", "data.prompts", "metrics"},
+    {"data.latents"},
+    {
+        "data.encoded",
+        "data.shard_batches",
+        "data.text_files",
+        "data.steps",
+        "data.validation",
+        "data.prompts",
+        "metrics",
+    },
     {"data.choices"},
     {
         "data.datamodule",
@@ -45,7 +55,7 @@ TIERS = [
         "training.step_sums",
         "training.validation_log",
     },
-    {"training.base", "report"},
+    {"training.base", "training.encoding", "report"},
     {"training.transfusion", "training.reference_encoder", "callbacks"},
     {"loading"},
     {"__main__"},
@@ -53,7 +63,7 @@ TIERS = [
 ]
 # A package's own pieces may import each other.
 FAMILIES = ("tokenizers", "metrics", "callbacks", "report", "bench", "models", "training", "data.shapes")
-FIRST_WITH_LIGHTNING = 13
+FIRST_WITH_LIGHTNING = 14
 
 
 def module_of(path: Path) -> str:

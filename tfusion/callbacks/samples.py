@@ -14,6 +14,7 @@ import torch
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
+from tfusion.data.sources import has_pixels
 from tfusion.requests import Generation, Request, Segment
 from tfusion.training.parallel import gather_lists
 
@@ -62,6 +63,12 @@ class SampleGrid(pl.Callback):
             raise ValueError(
                 "SampleGrid needs a data module with sample_requests(), got "
                 f"{type(trainer.datamodule).__name__}; use MultimodalDataModule or leave the callback out"
+            )
+        asks_about_pictures = stage == "fit" and self.numbers[1] and getattr(trainer.datamodule, "image_corpora", None)
+        if asks_about_pictures and not has_pixels(trainer.datamodule.sample_pictures()):
+            raise ValueError(
+                f"samples.num_captions is {self.numbers[1]}, but the corpora are latents without pictures: set it "
+                "to 0, or encode them again with --model.init_args.pictures held_out"
             )
 
     def state_dict(self) -> dict[str, int]:
