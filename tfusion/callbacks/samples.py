@@ -64,8 +64,8 @@ class SampleGrid(pl.Callback):
                 "SampleGrid needs a data module with sample_requests(), got "
                 f"{type(trainer.datamodule).__name__}; use MultimodalDataModule or leave the callback out"
             )
-        asks_about_pictures = stage == "fit" and self.numbers[1] and getattr(trainer.datamodule, "image_corpora", None)
-        if asks_about_pictures and not has_pixels(trainer.datamodule.sample_pictures()):
+        asks = stage == "fit" and self.numbers[1] > 0 and hasattr(trainer.datamodule, "sample_pictures")
+        if asks and not has_pixels(trainer.datamodule.sample_pictures()):
             raise ValueError(
                 f"samples.num_captions is {self.numbers[1]}, but the corpora are latents without pictures: set it "
                 "to 0, or encode them again with --model.init_args.pictures held_out"

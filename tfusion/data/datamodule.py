@@ -285,7 +285,7 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def sample_pictures(self) -> Sequence[CaptionedImage]:
         """Pictures to caption during training: those of training, or held-out ones where these are latents alone."""
-        pictures = self.mixture.images.pictures
+        pictures = self.mixture.images.pictures if self.image_corpora else []
         if has_pixels(pictures):
             return pictures
         return Concatenated([self.validation_pictures(corpus) for corpus in self.image_corpora])
