@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.conftest import IMAGE_SIZE, TINY_AUTOENCODER, picture
 from tfusion.callbacks.bad_records import BadRecordReport
 from tfusion.data import Latents
-from tfusion.data.corpora import CaptionedImage
+from tfusion.data.corpora import CaptionedImage, Split
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.tokenizers import ImageTokenizer, VAETokenizer
 from tfusion.training.encoding import CorpusEncoder
@@ -29,7 +29,7 @@ class Tiles:
     name, image_size, attribution = "tiles", IMAGE_SIZE, "Tiles of nobody"
     flip = True
 
-    def load(self, split: str) -> Sequence[CaptionedImage]:
+    def load(self, split: Split) -> Sequence[CaptionedImage]:
         numbers = {"train": range(11), "val": range(11, 16), "test": range(16, 18)}[split]
         return [dataclasses.replace(picture(n), flip=self.flip) for n in numbers]
 

@@ -20,8 +20,9 @@ def to_pil(picture: CaptionedImage) -> PILImage.Image:
 
 def has_pixels(pictures: Sequence[CaptionedImage]) -> bool:
     """Whether the pictures can be looked at: beside latents they need not have been kept."""
-    parts = pictures.parts if isinstance(pictures, Concatenated) else [pictures]
-    return all(getattr(part, "has_pixels", True) for part in parts)
+    if isinstance(pictures, Concatenated):
+        return all(map(has_pixels, pictures.parts))
+    return getattr(pictures, "has_pixels", True)
 
 
 def load_split(corpus: ImageCorpus | TextCorpus, split: str) -> Sequence[Any]:
