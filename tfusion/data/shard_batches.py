@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, get_args
 
 import torch
@@ -99,4 +100,5 @@ class ShardBatches(Dataset):
 
     def loader(self, num_workers: int) -> DataLoader:
         """In order, made by so many processes."""
-        return DataLoader(self, batch_size=None, num_workers=num_workers)
+        # lists of one batch, for Lightning warns of a loader without a batch size
+        return DataLoader(self, batch_size=1, collate_fn=itemgetter(0), num_workers=num_workers)  # type: ignore[arg-type]
