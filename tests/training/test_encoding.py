@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -194,6 +195,17 @@ class OnePicture:
 
 def encode_few(root: Path) -> None:
     encode(root, Halves(), corpora=[OnePicture()], trainer=TWO)
+
+
+def test_ranks_share_what_is_to_be_made(tmp_path: Path) -> None:
+    module = encode(tmp_path, Halves())
+    module.todo = module.info.shards()
+    shares = []
+    for rank in range(4):
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=4)
+        shares.append(module.own_shards())
+    assert [len(share) for share in shares] == [2, 2, 1, 1]
+    assert {shard for share in shares for shard in share} == set(module.todo)
 
 
 def test_an_encoding_that_is_complete_is_left_alone(tmp_path: Path) -> None:
