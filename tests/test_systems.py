@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import BYTES_VOCAB_SIZE, ROOT, picture
+from tests.conftest import BYTES_VOCAB_SIZE, ROOT, TinyTexts, picture
 from tests.test_configs import instantiate, merged
 from tests.training.processes import run_ranks
 from tests.training.test_parallel import trainer_of
-from tfusion.data.corpora import CaptionedImage
+from tfusion.data.corpora import CaptionedImage, Split
 
 STEPS = 20
 # name -> small base and ablation overlays
@@ -37,11 +37,20 @@ class Tiles:
 
     name, image_size = "tiles", 16
 
-    def load(self, split: str) -> Sequence[CaptionedImage]:
+    def load(self, split: Split) -> Sequence[CaptionedImage]:
         small = [picture(n) for n in {"train": range(11), "val": range(11, 16), "test": range(16, 18)}[split]]
         return [
             CaptionedImage(p.key, p.image.repeat_interleave(2, 1).repeat_interleave(2, 2), p.captions) for p in small
         ]
+
+
+class Lines:
+    """conftest's texts, with the types that jsonargparse looks for."""
+
+    name = "lines"
+
+    def load(self, split: Split) -> Sequence[str]:
+        return TinyTexts().load(split)
 
 
 def tiny(system: str) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def tiny(system: str) -> dict[str, Any]:
         model["latent_shape"] = [model["latent_shape"][0], 4, 4]
         data["image_corpora"] = [{"class_path": f"{__name__}.Tiles"}]
     if "text_corpora" in data:
-        data["text_corpora"] = [{"class_path": "tests.conftest.TinyTexts"}]
+        data["text_corpora"] = [{"class_path": f"{__name__}.Lines"}]
     data |= {"vocab_size": BYTES_VOCAB_SIZE, "seq_len": 64}
     return settings
 
