@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import lightning as L
@@ -15,8 +16,14 @@ from tfusion.training.encoding import CorpusEncoder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENCODE = CONFIGS / "encode.yaml"  # trains nothing
-BASES = sorted(path for path in CONFIGS.glob("*.yaml") if path != ENCODE)
-OVERLAYS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS)
+BASES = sorted(path for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("small/*.yaml")] if path != ENCODE)
+OVERLAYS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in [ENCODE, *BASES])
+
+
+@pytest.fixture(autouse=True)
+def where_autoencoders_are(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in configs are relative to where a command is run."""
+    monkeypatch.chdir(config_folder)
 
 
 def instantiate(settings):
@@ -33,12 +40,16 @@ def merged(base, overlay):
     return base
 
 
-@pytest.mark.parametrize("path", BASES, ids=lambda path: path.name)
+def name_of(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+@pytest.mark.parametrize("path", BASES, ids=name_of)
 def test_base(path):
     """Header with command, time and result; parses; model and data agree before any data is read."""
     text = path.read_text(encoding="utf-8")
     header = text[: text.index("\n\n")]
-    assert f"tfusion fit --config configs/{path.name}" in header
+    assert f"tfusion fit --config configs/{name_of(path)}" in header
     assert "minutes" in header, "how long it takes"
     assert "Expected" in header, "what comes out"
     settings = yaml.safe_load(text)
@@ -48,7 +59,7 @@ def test_base(path):
     assert model.vocab_size == built.data.vocab_size
     assert model.max_seq_len >= built.data.seq_len
     assert settings["trainer"]["max_steps"] > 0
-    assert settings["trainer"]["default_root_dir"] == f"runs/{path.stem}"
+    assert settings["trainer"]["default_root_dir"] == f"runs/{name_of(path).removesuffix('.yaml').replace('/', '_')}"
 
 
 def test_encode(tmp_path):
@@ -64,14 +75,18 @@ def test_encode(tmp_path):
     assert settings["trainer"]["default_root_dir"] == "runs/encode"
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_overlay(path):
-    """At most 20 lines, a header with a command, and valid on top of the quickstart."""
+    """At most 20 lines, a header with a command, and valid on the base that it names, at both scales."""
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 20
     assert text.startswith("#")
-    assert f"--config configs/{path.parent.name}/{path.name}" in text
-    base = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
+    assert f"--config configs/{name_of(path)}" in text
+    base = re.search(r"--config (?:configs/)?(\S+)\.yaml", text).group(1).replace("BASE", "quickstart")
     overlay = yaml.safe_load(text)
-    if "model" in overlay:
-        assert all(p.is_meta for p in instantiate(merged(base, overlay)).model.model.parameters())
+    if "model" not in overlay:
+        return
+    scales = [base, *([f"small/{base}"] if base in ("transfusion", "chameleon") else [])]
+    for base in scales:
+        built = instantiate(merged(yaml.safe_load((CONFIGS / f"{base}.yaml").read_text(encoding="utf-8")), overlay))
+        assert all(p.is_meta for p in built.model.model.parameters())
