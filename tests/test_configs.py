@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import lightning as L
@@ -50,12 +51,13 @@ def test_base(path):
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_overlay(path):
-    """At most 20 lines, a header with a command, and valid on top of the quickstart."""
+    """At most 20 lines, a header with a command, and valid on top of the base it names, or of the quickstart."""
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 20
     assert text.startswith("#")
     assert f"--config configs/{path.parent.name}/{path.name}" in text
-    base = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
+    named = re.search(r"--config configs/(\w+\.yaml)", text)
+    base = yaml.safe_load((CONFIGS / (named[1] if named else "quickstart.yaml")).read_text(encoding="utf-8"))
     overlay = yaml.safe_load(text)
     if "model" in overlay:
         assert all(p.is_meta for p in instantiate(merged(base, overlay)).model.model.parameters())
