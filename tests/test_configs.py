@@ -10,11 +10,14 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
+from tests.data.latent_caches import save_autoencoder
 from tfusion.data.datamodule import MultimodalDataModule
+from tfusion.training.encoding import CorpusEncoder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-BASES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("small/*.yaml")])
-OVERLAYS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in BASES)
+ENCODE = CONFIGS / "encode.yaml"  # trains nothing
+BASES = sorted(path for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("small/*.yaml")] if path != ENCODE)
+OVERLAYS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in [ENCODE, *BASES])
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,19 @@ def test_base(path):
     assert model.max_seq_len >= built.data.seq_len
     assert settings["trainer"]["max_steps"] > 0
     assert settings["trainer"]["default_root_dir"] == f"runs/{name_of(path).removesuffix('.yaml').replace('/', '_')}"
+
+
+def test_encode(tmp_path):
+    """Header with command, time and result; parses with an autoencoder in its place."""
+    text = ENCODE.read_text(encoding="utf-8")
+    header = text[: text.index("\n\n")]
+    assert "tfusion predict --config configs/encode.yaml" in header
+    assert "minutes" in header and "Expected" in header
+    settings = yaml.safe_load(text)
+    settings["model"]["init_args"]["image_tokenizer"]["init_args"]["path"] = save_autoencoder(tmp_path)
+    built = instantiate(settings)
+    assert isinstance(built.model, CorpusEncoder) and len(built.data.image_corpora) == 1
+    assert settings["trainer"]["default_root_dir"] == "runs/encode"
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)

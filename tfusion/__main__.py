@@ -43,6 +43,7 @@ from tfusion.training import run_folder
 from tfusion.training.base import TrainedModule
 from tfusion.training.chameleon import ChameleonModule  # noqa: F401 (so that YAML may name it, as --help does)
 from tfusion.training.compatibility import check_state_dict
+from tfusion.training.encoding import CorpusEncoder
 from tfusion.training.parallel import check_strategy
 from tfusion.training.transfusion import TransfusionModule  # noqa: F401 (so that YAML may name it, as --help does)
 
@@ -110,10 +111,18 @@ class TfusionCLI(LightningCLI):
         config = self.config[self.subcommand]
         root = _run_folder(config.trainer.default_root_dir)
         config.trainer.default_root_dir = str(root)
-        if config.ckpt_path is not None:
+        if config.ckpt_path is not None and not _encodes(config.model):
             config.ckpt_path = str(run_folder.find_checkpoint(root, config.ckpt_path))
         self.save_config_callback = None
-        if self.subcommand != "fit":
+        if _encodes(config.model):
+            if self.subcommand != "predict":
+                raise ValueError(f"{self.subcommand} got CorpusEncoder, which trains nothing: run `tfusion predict`")
+            if config.ckpt_path is not None:
+                raise ValueError(
+                    f"got --ckpt_path {config.ckpt_path}, but CorpusEncoder has no weights of its own: leave it out, "
+                    "and name the autoencoder in model.init_args.image_tokenizer"
+                )
+        elif self.subcommand != "fit":
             if config.ckpt_path is None:
                 raise ValueError(f"{self.subcommand} got no weights; expected --ckpt_path last, best or a path")
         elif not config.trainer.fast_dev_run:
@@ -170,6 +179,11 @@ class TfusionCLI(LightningCLI):
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # the writer has written them
         return kwargs
+
+
+def _encodes(model: Any) -> bool:
+    """Say whether the model is the encoder of corpora, which needs no checkpoint."""
+    return model is not None and model.class_path == f"{CorpusEncoder.__module__}.{CorpusEncoder.__qualname__}"
 
 
 def _run_folder(default_root_dir: str | os.PathLike[str] | None) -> Path:

@@ -72,6 +72,8 @@ class Data(pl.LightningDataModule):
 class Module(pl.LightningModule):
     """Whose picture for a request is a noise of the request's own."""
 
+    predicts_text = True
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(1, 1)

@@ -189,6 +189,6 @@ def test_an_unknown_corpus_is_told_which_there_are() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MultimodalDataModule, "data")
     with pytest.raises(
-        ArgumentError, match="'OpenMojo': the corpora are ImageFiles, OpenMoji, Shakespeare, Shapes, TextFiles"
+        ArgumentError, match="'OpenMojo': the corpora are ImageFiles, Latents, OpenMoji, Shakespeare, Shapes, TextFiles"
     ):
         parser.parse_object({"data": {"image_corpora": [{"class_path": "tfusion.data.OpenMojo"}]}})

@@ -20,7 +20,7 @@ from tfusion.__main__ import TfusionCLI, run
 from tfusion.bench.data_report import check, spread
 from tfusion.callbacks.samples import attribution_of, draw_grid
 from tfusion.data.datamodule import MultimodalDataModule
-from tfusion.data.sources import to_pil
+from tfusion.data.sources import has_pixels, to_pil
 
 
 class DataCheck(TfusionCLI):
@@ -44,7 +44,7 @@ class DataCheck(TfusionCLI):
 def draw(data: MultimodalDataModule, number: int) -> Any:
     """Pictures as training has them, spread over the corpora, with their first captions and keys."""
     items = []
-    for part in data.mixture.images.pictures.parts:
+    for part in filter(has_pixels, data.mixture.images.pictures.parts):
         pictures = [part[i] for i in spread(len(part), number // len(data.image_corpora))]
         items += [(f"{p.captions[0]} [{p.key}]", to_pil(p)) for p in pictures]
     return draw_grid(items, title=attribution_of(data))

@@ -50,6 +50,9 @@ def check_pictures(corpus: ImageCorpus, train: Any, data: MultimodalDataModule) 
         "document_positions": float(tokens.mean()) + data.mixture.shape.num_patches + 4,
     }
     for table in corpus.tables() if hasattr(corpus, "tables") else []:
+        if "width" not in table.dataset.column_names:  # latents
+            result.setdefault("files", []).append(records_of(table))
+            continue
         good = table.dataset.data.table.select(["width", "height", "notes"]).take(table.rows)
         sides = pc.min_element_wise(good["width"], good["height"]).to_numpy()
         result.setdefault("files", []).append(
@@ -134,8 +137,9 @@ def epochs(report: dict[str, Any], data: MultimodalDataModule, tokens_per_s: flo
 def check_latents(data: MultimodalDataModule, module: TransfusionModule) -> dict[str, Any]:
     """Mean and scale of the latents of some pictures (they should be about 0 and 1), and how many are not finite."""
     pictures = data.mixture.images.pictures
-    chosen = torch.stack([pictures[i].image for i in spread(len(pictures), 64)])
-    latents = module.image_tokenizer.to("cpu").encode(chosen.float() / 127.5 - 1)
+    chosen = torch.stack([pictures[i].data() for i in spread(len(pictures), 64)])
+    encoded = chosen.is_floating_point()  # before, into a latent cache
+    latents = chosen if encoded else module.image_tokenizer.to("cpu").encode(chosen.float() / 127.5 - 1)
     finite = latents.isfinite().flatten(1).all(1)
     kept = latents[finite]
     return {

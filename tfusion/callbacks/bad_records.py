@@ -49,6 +49,10 @@ class BadRecordReport(L.Callback):
         if due or len(pl_module.latent_checks) >= MOST_CHECKS:
             self._take_latents(trainer, pl_module)
 
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Of a corpus that was encoded; where requests are met, there are none."""
+        self._report(trainer, "left out of the latents")
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._report(trainer, "left out of this run")
 

@@ -15,8 +15,7 @@ import torch
 from tfusion.callbacks.caption_metrics import measure_captions, measure_scenes
 from tfusion.callbacks.picture_metrics import PictureMetrics
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, Split
-from tfusion.data.shapes import Shapes
-from tfusion.data.sources import captions_of
+from tfusion.data.sources import captions_of, has_pixels
 from tfusion.metrics import ImageFeatures, PairScore
 from tfusion.metrics.measurement import Findings
 from tfusion.requests import GenerationConfig, Request
@@ -111,6 +110,7 @@ class GenerationMetrics(pl.Callback):
             network.load(trainer.strategy.root_device)
         for corpus in corpora:
             pictures = self._split_of(trainer, corpus)
+            self._check_pixels(corpus.name, pictures)
             self._check_numbers(trainer.is_global_zero, corpus.name, len(pictures))
             # what could not be asked for or compared is refused now, by every rank
             first = Request((captions_of(pictures, 0)[0],), "image", config=self._config(pl_module))
@@ -134,7 +134,7 @@ class GenerationMetrics(pl.Callback):
             )
         if self.num_captions and not pl_module.predicts_text:
             raise ValueError("generation_metrics.num_captions is set, but the model predicts no text: leave it out")
-        if self.num_scenes and not any(isinstance(corpus, Shapes) for corpus in corpora):
+        if self.num_scenes and not any(getattr(corpus, "scenes", False) for corpus in corpora):
             raise ValueError(
                 "generation_metrics.num_scenes is set, but no corpus is tfusion.data.Shapes, whose scenes alone can be "
                 "read from pixels: leave it out"
@@ -151,6 +151,15 @@ class GenerationMetrics(pl.Callback):
 
     def _split_of(self, trainer: pl.Trainer, corpus: ImageCorpus) -> Sequence[CaptionedImage]:
         return trainer.datamodule.measured_pictures(corpus, self.split)  # type: ignore[attr-defined]
+
+    def _check_pixels(self, corpus: str, pictures: Sequence[CaptionedImage]) -> None:
+        """Refuse to compare with, or write captions for, pictures of which the latents alone were kept."""
+        compared = self.reference is None and any(hasattr(network, "features") for network in self.networks)
+        if (compared or self.num_captions) and not has_pixels(pictures):
+            raise ValueError(
+                f"generation_metrics need the {self.split} pictures of corpus {corpus!r}, of which the latents alone "
+                "were kept: encode it again with --model.init_args.pictures all (or held_out, for val and test)"
+            )
 
     def _check_numbers(self, speaks: bool, corpus: str, pictures: int) -> None:
         """Refuse what has no covariance, and say which distances will be biased."""
@@ -200,7 +209,7 @@ class GenerationMetrics(pl.Callback):
     ) -> None:
         """All of one corpus; collective."""
         pictures, prefix = self._split_of(trainer, corpus), f"{self.split}/{corpus.name}"
-        scenes = isinstance(corpus, Shapes)
+        scenes = getattr(corpus, "scenes", False)
         parts = []
         if self.networks:
             sizes = (self.num_images, config, self._timed)

@@ -62,8 +62,8 @@ class Perplexity(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if dataloader_idx >= len(trainer.datamodule.val_views):
-            return  # of ranked choice
+        if dataloader_idx >= len(trainer.datamodule.val_views) or not (self.text or self.image):
+            return  # of ranked choice, or another kind of model
         view = trainer.datamodule.val_views[dataloader_idx]
         labels = outputs["labels"]
         counted = labels >= NUM_SPECIAL_IDS

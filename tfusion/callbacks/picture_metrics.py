@@ -43,7 +43,7 @@ class PictureMetrics:
                 self._read_reference(network, pictures)
 
     def _read_reference(self, network: ImageFeatures, pictures: Sequence[CaptionedImage]) -> Tensor:
-        side = pictures[0].image.shape[-1]
+        side = pictures[0].image_size
         return read_reference_file(Path(self.reference), network.name, network.fingerprint, side)
 
     def measure(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
+from tfusion.data.sources import has_pixels
 from tfusion.requests import Generation, Request, Segment
 from tfusion.training.parallel import gather_lists
 
@@ -66,6 +67,12 @@ class SampleGrid(pl.Callback):
         pictures = self.numbers[0] > 0 and getattr(trainer.datamodule, "image_corpora", None)
         if stage == "fit" and pictures and hasattr(pl_module, "generation"):
             pl_module.check_requests([Request(("",), "image", config=pl_module.generation)])
+        asks = stage == "fit" and self.numbers[1] > 0 and hasattr(trainer.datamodule, "sample_pictures")
+        if asks and not has_pixels(trainer.datamodule.sample_pictures()):
+            raise ValueError(
+                f"samples.num_captions is {self.numbers[1]}, but the corpora are latents without pictures: set it "
+                "to 0, or encode them again with --model.init_args.pictures held_out"
+            )
 
     def state_dict(self) -> dict[str, int]:
         """A resumed run makes the sheets of an unbroken one."""

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 
 from tfusion.callbacks.samples import attribution_of, draw_sheet
 from tfusion.requests import Generation
+from tfusion.training.encoding import CorpusEncoder
 
 OURS = re.compile(r"\d{6,}-\d+-\d+\.png|predictions(\.rank\d+)?\.jsonl|grid\.png")
 SAMPLES_IN_GRID = 64
@@ -28,7 +29,7 @@ class PredictionWriter(BasePredictionWriter):
     `predictions.jsonl`, sorted: `{"request": 0, "sample": 0, "segments": [{"text": "..."}, {"image":
     "000000-0-0.png"}]}`. `predictions.jsonl` appears when all is done; until then `predictions.rankK.jsonl`
     grow. What an earlier run wrote there is removed at the start; other files are left alone. Expects
-    `predict_step` to return `list[Generation]`.
+    `predict_step` to return `list[Generation]`; `CorpusEncoder` writes for itself.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,8 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Clear the folder of an earlier run's predictions."""
+        if isinstance(pl_module, CorpusEncoder):
+            return
         folder = _folder(trainer)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,12 +59,16 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write a batch's samples; nothing is kept."""
+        if isinstance(pl_module, CorpusEncoder):
+            return
         with self._rank_file(trainer).open("a", encoding="utf-8") as file:
             for generation in prediction:
                 file.write(json.dumps(_write_images(generation, _folder(trainer)), ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merge and draw, on rank 0."""
+        if isinstance(pl_module, CorpusEncoder):
+            return
         trainer.strategy.barrier("predictions_written")
         if not trainer.is_global_zero:
             return

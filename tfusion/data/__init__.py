@@ -1,12 +1,13 @@
 """Corpora, their order, mixture and packing, and the LightningDataModule."""
 
 from tfusion.data.image_files import ImageFiles
+from tfusion.data.latents import Latents
 from tfusion.data.openmoji import OpenMoji
 from tfusion.data.shakespeare import Shakespeare
 from tfusion.data.shapes import Shapes
 from tfusion.data.text_files import TextFiles
 
-__all__ = ["ImageFiles", "OpenMoji", "Shakespeare", "Shapes", "TextFiles"]
+__all__ = ["ImageFiles", "Latents", "OpenMoji", "Shakespeare", "Shapes", "TextFiles"]
 
 
 def __getattr__(name: str) -> None:

@@ -85,8 +85,10 @@ def check_vocab_size(tokenizer: TextTokenizer, wanted: int) -> None:
         )
 
 
-def row_shape(seq_len: int, image_size: int | None, max_images_per_row: int | None, sizes: Sizes) -> RowShape:
-    """The static sizes of a row; raises ValueError where data and model do not fit each other."""
+def row_shape(
+    seq_len: int, image_size: int | None, max_images_per_row: int | None, sizes: Sizes, encoded: bool = False
+) -> RowShape:
+    """The static sizes of a row, of latents where pictures are `encoded`; ValueError where model and data differ."""
     if seq_len > sizes.max_seq_len:
         raise ValueError(
             f"data.seq_len {seq_len} is longer than the model's max_seq_len {sizes.max_seq_len}: make them equal"
@@ -109,7 +111,7 @@ def row_shape(seq_len: int, image_size: int | None, max_images_per_row: int | No
             f"markers: take at least {sizes.num_patches + 4} plus the longest caption, or larger patches"
         )
     slots = most if max_images_per_row is None else max_images_per_row
-    image_shape = None if image_size is None else (3, image_size, image_size)
+    image_shape = None if image_size is None or encoded else (3, image_size, image_size)
     return RowShape(
         seq_len, sizes.num_patches, slots if image_size else 0, sizes.latent_shape or (0, 0, 0), image_shape
     )

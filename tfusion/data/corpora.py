@@ -32,6 +32,15 @@ class CaptionedImage:
     captions: tuple[str, ...]
     flip: bool = False
 
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return self.image.shape[-1]
+
+    def data(self, mirrored: bool = False) -> torch.Tensor:
+        """What a document holds of it; of pictures that have been encoded (`tfusion.data.Latents`), latents."""
+        return self.image.flip(-1) if mirrored else self.image
+
 
 class TextCorpus(Protocol):
     """Texts. The constructor only keeps and checks arguments; `load` does the work."""

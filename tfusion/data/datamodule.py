@@ -27,9 +27,11 @@ from tfusion.data.building import (
 )
 from tfusion.data.choices import ChoiceDocument, ChoiceRows, choice_documents, read_choices
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, Split, TextCorpus
+from tfusion.data.encoded import check_latents, check_not_mixed
 from tfusion.data.mixture import CaptionedDocuments, Mixture
 from tfusion.data.prompts import read_prompts
-from tfusion.data.sources import Concatenated, load_split, to_pil
+from tfusion.data.shard_batches import ShardBatches, check_corpora, load_splits
+from tfusion.data.sources import Concatenated, has_pixels, load_split, to_pil
 from tfusion.data.steps import MicroBatches, StepDataset, StepLayout
 from tfusion.data.text_pieces import TextPieces
 from tfusion.data.validation import GIVEN_IMAGE, ValidationRows, caption_documents, text_documents
@@ -65,7 +67,7 @@ class MultimodalDataModule(L.LightningDataModule):
         max_bad_share: share of a corpus's records that may be bad and are left out; more is an error.
         seed: of order, mixture and noise.
         prompts: `prompts.jsonl` for `predict`.
-        predict_batch_size: requests decoded together.
+        predict_batch_size: requests decoded, or pictures encoded into a latent cache, together.
         choices: files of ranked choice to validate on, by name; `tfusion.data.choices` says what is in them.
     """
 
@@ -116,6 +118,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self.bad_records = BadRecords(max_bad_share)
         self._measured_pictures: dict[tuple[str, Split], Concatenated] = {}
         self.val_views: list[str] = []
+        self.splits: dict[Split, Sequence[CaptionedImage]] = {}  # while a corpus is encoded
         self.step, self.positions = 0, {}  # of the data: committed when a whole step has been consumed
 
     def _check_arguments(self) -> None:
@@ -139,6 +142,7 @@ class MultimodalDataModule(L.LightningDataModule):
             raise ValueError("no corpus: give data.image_corpora, data.text_corpora or both")
         if self.image_corpora and self.image_share == 0:
             raise ValueError("data.image_share is 0 with image corpora: raise it, or leave out data.image_corpora")
+        check_not_mixed(self.image_corpora)
         sizes = {corpus.name: corpus.image_size for corpus in self.image_corpora}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"image corpora of several sizes {sizes}: give all the same image_size")
@@ -193,20 +197,31 @@ class MultimodalDataModule(L.LightningDataModule):
         return StepLayout(self.rows_per_step, self.lanes, accumulate, ranks, rank, self.num_workers)
 
     def _prepare_predict(self) -> None:
+        if self._encodes:
+            corpus = check_corpora(self.image_corpora, self.text_corpora)
+            self.bad_records = count_bad_records([corpus], self.max_bad_share)
+            self.splits = load_splits(corpus)
+            return
         if self.prompts is None:
             raise ValueError("predict needs data.prompts: give --data.prompts prompts.jsonl (README, 'Prompts')")
         defaults = getattr(self.trainer.lightning_module, "generation", None) or GenerationConfig()
         self.requests = read_prompts(self.prompts, defaults)
 
+    @property
+    def _encodes(self) -> bool:
+        """Whether `predict` encodes a corpus (`CorpusEncoder`) in place of meeting requests."""
+        return hasattr(self.trainer.lightning_module, "own_shards")
+
     def prepare_data(self) -> None:
         """Read corpora of files into the cache, in one process of a machine; the others then map it."""
         for corpus in self.image_corpora + self.text_corpora:
-            if hasattr(corpus, "prepare") and self.trainer.state.fn != "predict":
+            if hasattr(corpus, "prepare") and (self.trainer.state.fn != "predict" or self._encodes):
                 corpus.prepare()
 
     def prepare_mixture(self, module: Sizes) -> None:
         """Load the training data and check it against a model, before any time is spent."""
         corpora = self.image_corpora + self.text_corpora
+        encoded = check_latents(self.image_corpora, module.image_tokenizer)
         self._measured_pictures = {}
         self.bad_records = count_bad_records(corpora, self.max_bad_share)
         texts = load_texts(self.text_corpora)
@@ -215,7 +230,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self.tokenizer = module.text_tokenizer or make_tokenizer(self.tokenizer_file, texts, pictures, self.vocab_size)
         check_vocab_size(self.tokenizer, module.model_vocab_size)
         size = self.image_corpora[0].image_size if self.image_corpora else None
-        shape = row_shape(self.seq_len, size, self.max_images_per_row, module)
+        shape = row_shape(self.seq_len, size, self.max_images_per_row, module, encoded)
         share, images = self.image_share if texts else 1.0, None
         if self.image_corpora:
             pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
@@ -266,12 +281,22 @@ class MultimodalDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Lists of (number, request); rank r has requests r, r + W, ..., and at least one list, if an empty one.
 
-        (Lightning skips a rank without batches, and its part in collectives.)
+        (Lightning skips a rank without batches, and its part in collectives.) For a `CorpusEncoder`, its pictures.
         """
+        if self._encodes:
+            shards = self.trainer.lightning_module.own_shards()
+            return ShardBatches(self.splits, shards, self.predict_batch_size).loader(self.num_workers)
         requests = list(enumerate(self.requests))[self.trainer.global_rank :: self.trainer.world_size]
         starts = range(0, max(1, len(requests)), self.predict_batch_size)
         batches = [requests[start : start + self.predict_batch_size] for start in starts]
         return DataLoader(batches, batch_size=1, collate_fn=itemgetter(0))  # type: ignore[arg-type]
+
+    def sample_pictures(self) -> Sequence[CaptionedImage]:
+        """Pictures to caption during training: those of training, or held-out ones where these are latents alone."""
+        pictures = self.mixture.images.pictures if self.image_corpora else []
+        if has_pixels(pictures):
+            return pictures
+        return Concatenated([self.validation_pictures(corpus) for corpus in self.image_corpora])
 
     def sample_requests(self, num_images: int, num_captions: int, num_texts: int) -> list[Request]:
         """Fixed requests to look at during training, from the first training pictures and held-out text."""
@@ -279,7 +304,7 @@ class MultimodalDataModule(L.LightningDataModule):
         reads_back = self.trainer.lightning_module.predicts_text
         requests: list[dict[str, Any]] = []
         if self.image_corpora:
-            pictures = self.mixture.images.pictures
+            pictures = self.sample_pictures() if num_captions else self.mixture.images.pictures
             first = [pictures[i] for i in range(min(len(pictures), max(num_images, num_captions)))]
             captions = [picture.captions[0] for picture in first[:num_images]]
             requests += [{"segments": [c], "generate": "image", "seed": i} for i, c in enumerate(captions)]

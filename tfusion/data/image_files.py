@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -101,19 +102,11 @@ class StoredPictures(Sequence[CaptionedImage]):
         rows: (N,) of the table.
         image_size: side in pixels.
         flip: whether they may be mirrored.
-        captions: those that are used of a row that has others too, by row.
     """
 
-    def __init__(
-        self,
-        table: Table,
-        rows: np.ndarray,
-        image_size: int,
-        flip: bool,
-        captions: dict[int, tuple[str, ...]] | None = None,
-    ) -> None:
+    def __init__(self, table: Table, rows: np.ndarray, image_size: int, flip: bool) -> None:
         self.table, self.rows, self.image_size, self.flip = table, rows, image_size, flip
-        self._captions = captions or {}
+        self._captions: dict[int, tuple[str, ...]] = {}  # those that are used of a row that has others too, by row
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,7 +130,7 @@ class StoredPictures(Sequence[CaptionedImage]):
 
     def drop_long_captions(
         self, most: int, count_tokens: Callable[[list[str]], list[int]]
-    ) -> tuple[StoredPictures, list[BadRecord]]:
+    ) -> tuple[Self, list[BadRecord]]:
         """Without captions of more than `most` tokens, and without the pictures that then have none.
 
         A token is a byte at least, so only captions of more bytes than `most` are counted.
@@ -157,5 +150,6 @@ class StoredPictures(Sequence[CaptionedImage]):
                 key, file = (self.table.column(name)[row].as_py() for name in ("key", "file"))
                 detail = f"{min(lengths)} tokens, a row has room for {most}"
                 bad.append(BadRecord(self.table.corpus, "caption longer than a row", file, key, detail))
-        rows = np.delete(self.rows, none_left)
-        return StoredPictures(self.table, rows, self.image_size, self.flip, kept), bad
+        rest = copy.copy(self)
+        rest.rows, rest._captions = np.delete(self.rows, none_left), kept
+        return rest, bad

@@ -62,13 +62,11 @@ class CaptionedDocuments:
         def chance(what: str) -> float:
             return uniform(what, self.seed, epoch, index)
 
-        pixels = picture.image
-        if picture.flip and chance("flip") < 0.5:
-            pixels = pixels.flip(-1)
+        data = picture.data(mirrored=picture.flip and chance("flip") < 0.5)
         if chance("order") >= self.caption_first:
-            image = Image(pixels, self.image_first_noise_limit, picture.key)
+            image = Image(data, self.image_first_noise_limit, picture.key)
             return Document((image, self._caption(picture, epoch, index)))
-        image = Image(pixels, key=picture.key)
+        image = Image(data, key=picture.key)
         if chance("drop") < self.caption_drop:
             return Document((image,))
         return Document((self._caption(picture, epoch, index), image))

@@ -16,6 +16,7 @@ from datasets.builder import Key
 
 BYTES_A_WRITE = 2**26
 MOST_RECORDS_A_WRITE = 10_000
+LARGE = ("pixels", "text", "latents", "mirrored", "picture")  # columns that records' sizes are counted by
 Reader = Callable[[Any, dict[str, Any]], Iterator[dict[str, Any]]]
 
 
@@ -55,7 +56,7 @@ def _in_parts(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]
     size = 0
     for record in records:
         rows.append(record)
-        size += len(record.get("pixels", b"")) + len(record.get("text", ""))
+        size += sum(len(record.get(name, "")) for name in LARGE)
         # not a row alone: `datasets` keeps those in memory until it has many
         if (size >= BYTES_A_WRITE and len(rows) > 1) or len(rows) == MOST_RECORDS_A_WRITE:
             yield rows

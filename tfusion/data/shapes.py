@@ -96,6 +96,7 @@ class Shapes:
     """
 
     name = "shapes"
+    scenes = True  # what is in a picture can be read from it
 
     def __init__(self, image_size: int = 32, num_images: int = 20000) -> None:
         if image_size < MIN_IMAGE_SIZE:

@@ -18,6 +18,13 @@ def to_pil(picture: CaptionedImage) -> PILImage.Image:
     return PILImage.fromarray(picture.image.permute(1, 2, 0).numpy())
 
 
+def has_pixels(pictures: Sequence[CaptionedImage]) -> bool:
+    """Whether the pictures can be looked at: beside latents they need not have been kept."""
+    if isinstance(pictures, Concatenated):
+        return all(map(has_pixels, pictures.parts))
+    return getattr(pictures, "has_pixels", True)
+
+
 def load_split(corpus: ImageCorpus | TextCorpus, split: str) -> Sequence[Any]:
     """A corpus's split, which may not be empty."""
     documents = corpus.load(split)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def caption_documents(
     for index in range(min(len(pictures), most)):
         picture = pictures[index]
         caption = tokenizer.encode(picture.captions[0])
-        image = Image(picture.image, noise_limit=0.0 if image_first else 1.0)
+        image = Image(picture.data(), noise_limit=0.0 if image_first else 1.0)
         yield Document((image, caption) if image_first else (caption, image))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -79,7 +80,7 @@ def _lpips() -> torch.nn.Module:
 
     try:
         return LearnedPerceptualImagePatchSimilarity(net_type="vgg").net.eval().requires_grad_(False)
-    except (OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (OSError, ModuleNotFoundError, RuntimeError, UnpicklingError) as error:
         raise ValueError(
             f"perceptual: LPIPS cannot be had ({type(error).__name__}: {str(error)[:200]}); it needs torchvision and "
             f"{VGG_FILE} in torch's cache or the network; set perceptual to off to train without"

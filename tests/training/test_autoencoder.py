@@ -1,0 +1,451 @@
+"""Autoencoders in training: losses against closed forms and diffusers, codes that live, layouts, resumes, export."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import VectorQuantizer
+from PIL import Image as PILImage
+from torch.distributions import Normal, kl_divergence
+
+from tests.conftest import BYTES_VOCAB_SIZE, IMAGE_SIZE, TinyPictures, picture
+from tests.training.processes import run_ranks
+from tests.training.test_equivalence import differences, state_of
+from tfusion.callbacks.ema import EMA
+from tfusion.callbacks.reconstruction import ReconstructionQuality
+from tfusion.data.datamodule import MultimodalDataModule
+from tfusion.models.autoencoder import Autoencoder, KLAutoencoder, VQAutoencoder
+from tfusion.models.discriminator import PatchDiscriminator
+from tfusion.sequence import Batch, Document, Image, RowShape, collate
+from tfusion.tokenizers import VAETokenizer, VQTokenizer
+from tfusion.training import autoencoder_losses
+from tfusion.training.autoencoder import AutoencoderModule
+from tfusion.training.autoencoder_export import export
+from tfusion.training.autoencoder_losses import Perceptual, adversarial, hinge
+from tfusion.training.autoencoder_validation import sheet
+from tfusion.training.codebook import statistics
+
+STEPS, CODES = 6, 20
+SIZES: dict[str, Any] = {"image_size": IMAGE_SIZE, "base_channels": 8, "channel_multipliers": (1, 2)}
+SIZES |= {"layers_per_block": 1, "latent_channels": 3, "attention": False, "norm_num_groups": 4}
+SIZES |= {"vocab_size": BYTES_VOCAB_SIZE, "max_seq_len": 64}
+KINDS = ["kl", "vq"]
+
+
+def autoencoder(kind: str, discriminator: bool = False, **sizes: Any) -> Autoencoder:
+    patches = PatchDiscriminator(8, 1) if discriminator else None
+    if kind == "kl":
+        return KLAutoencoder(**(SIZES | sizes), discriminator=patches)
+    return VQAutoencoder(
+        **(SIZES | sizes), discriminator=patches, codebook_size=CODES, restart_after=sizes.pop("after", 2)
+    )
+
+
+def module_of(kind: str, discriminator: bool = False, **settings: Any) -> AutoencoderModule:
+    # eps: without it Adam makes of a rounding error in a gradient near 0 a whole step
+    defaults = {"perceptual": "off", "lr": 5e-3, "eps": 1e-2, "warmup_steps": 1, "gan_start": 3, "seed": 3}
+    return AutoencoderModule(autoencoder(kind, discriminator), **(defaults | settings))
+
+
+def data_of(**settings: Any) -> MultimodalDataModule:
+    defaults = {"image_corpora": [TinyPictures()], "vocab_size": BYTES_VOCAB_SIZE, "seq_len": 64, "rows_per_step": 4}
+    defaults |= {"lanes": 2, "val_rows": 2, "max_images_per_row": 4}
+    return MultimodalDataModule(**(defaults | settings))
+
+
+def images_of(number: int = 5) -> torch.Tensor:
+    return torch.stack([picture(n).image for n in range(number)]).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize(("kind", "codes"), [(KLAutoencoder, 0), (VQAutoencoder, 16384 * 8)])
+def test_paper_scale(kind: type[Autoencoder], codes: int) -> None:
+    """86M parameters, 256 x 256 to 32 x 32 x 8; 16,384 codes of 8 numbers."""
+    model = kind()
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(86e6, rel=0.05)
+    assert model.coded_shape == (8, 32, 32)
+    assert model.factor == 8
+    if codes:
+        assert model.network.quantize.embedding.weight.numel() == codes
+
+
+def test_weights_depend_on_seed_and_name_alone() -> None:
+    one, other = (autoencoder("vq").materialize("cpu", 0) for _ in range(2))
+    assert differences(one.state_dict(), other.state_dict()) == []
+    assert differences(one.state_dict(), autoencoder("vq").materialize("cpu", 1).state_dict()) != []
+
+
+def test_kl_and_samples_are_those_of_normal_distributions() -> None:
+    model, images = autoencoder("kl").materialize("cpu", 0), images_of()
+    noise = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    coded = model.encode(images, noise)
+    posterior = model.network.encode(images).latent_dist
+    expected = kl_divergence(Normal(posterior.mean, posterior.std), Normal(0.0, 1.0)).flatten(1).sum(1)
+    torch.testing.assert_close(coded.regularisation, expected)
+    torch.testing.assert_close(coded.latents, posterior.mean + posterior.std * noise)
+    torch.testing.assert_close(model.encode(images).latents, posterior.mode())
+    torch.testing.assert_close(model.decode(coded.latents), model.network.decode(coded.latents).sample)
+
+
+def test_beta_is_on_the_term_that_moves_vectors() -> None:
+    """Both gradients in closed form, and diffusers' loss with its fault mended; the decoder's goes straight on."""
+    model, images = autoencoder("vq").materialize("cpu", 0), images_of()
+    vectors = model.network.encode(images).latents.detach().requires_grad_()
+    model.network.encoder, model.network.quant_conv = torch.nn.Identity(), torch.nn.Identity()
+    codes = model.network.quantize.embedding.weight
+    coded = model.encode(vectors)
+    nearest = torch.cdist(vectors.movedim(1, -1).flatten(0, 2), codes).argmin(1)
+    assert torch.equal(coded.ids.flatten(), nearest)
+    torch.testing.assert_close(coded.latents, codes[nearest].view(5, 4, 4, 3).movedim(-1, 1))
+    to_vectors, to_codes = torch.autograd.grad(coded.regularisation.mean(), (vectors, codes), retain_graph=True)
+    apart = vectors - coded.latents
+    torch.testing.assert_close(to_vectors, 0.25 * 2 * apart / vectors.numel())
+    expected = torch.zeros_like(codes).index_add(0, nearest, -2 * apart.movedim(1, -1).flatten(0, 2) / vectors.numel())
+    torch.testing.assert_close(to_codes, expected)
+
+    mended = VectorQuantizer(CODES, 3, beta=0.25, legacy=False)
+    mended.embedding.weight.data.copy_(codes)
+    torch.testing.assert_close(coded.regularisation.mean(), mended(vectors)[1])
+    assert not model.network.quantize.legacy
+    (straight,) = torch.autograd.grad(coded.latents.sum(), vectors)
+    assert torch.equal(straight, torch.ones_like(vectors))
+
+
+def test_adversarial_terms_are_the_loop_and_gradients_stay_apart() -> None:
+    model = autoencoder("kl", discriminator=True).materialize("cpu", 0)
+    patches, images = model.discriminator, images_of(4)
+    made = (images + 0.3).requires_grad_()
+    fooling, telling = adversarial(patches, made), hinge(patches, made, images)
+    for i in range(4):  # each by itself: no picture changes another's
+        real, fake = (patches(x[i : i + 1]).flatten().tolist() for x in (images, made))
+        assert float(fooling[i]) == pytest.approx(-np.mean(fake), rel=1e-4)
+        terms = [max(0, 1 - r) + max(0, 1 + f) for r, f in zip(real, fake, strict=True)]
+        assert float(telling[i]) == pytest.approx(np.mean(terms) / 2, rel=1e-4)
+    fooling.sum().backward()
+    assert made.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in patches.parameters())
+    made.grad = None
+    hinge(patches, made, images).sum().backward()
+    assert made.grad is None
+    # (inside both margins the last bias has no gradient: it moves real and made alike)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in patches.parameters() if parameter.ndim > 1)
+
+
+def test_a_logit_sees_70_pixels() -> None:
+    """Isola et al.: three layers see patches of 70 x 70 (norms aside, which see all of a picture)."""
+    patches = PatchDiscriminator(8, 3).to_empty(device="cpu")
+    for parameter in patches.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    patches.norms = torch.nn.ModuleList(torch.nn.Identity() for _ in patches.norms)
+    images = torch.ones(1, 3, 128, 128, requires_grad=True)
+    logits = patches(images)
+    assert logits.shape == (1, 1, 14, 14)
+    logits[0, 0, 7, 7].backward()
+    seen = images.grad[0, 0].nonzero()
+    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
+
+
+def batch_of(pictures: int, slots: int, fill: int = 0) -> Batch:
+    """A row with so many pictures in so many slots; empty ones hold `fill`."""
+    shape = RowShape(64, 1, slots, (3, IMAGE_SIZE, IMAGE_SIZE), (3, IMAGE_SIZE, IMAGE_SIZE))
+    batch = collate([[Document((Image(picture(n).image),)) for n in range(pictures)]], shape, [("a",)])
+    batch.images[pictures:] = fill
+    batch.noise[:pictures] = torch.randn(batch.noise[:pictures].shape, generator=torch.Generator().manual_seed(0))
+    return batch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_slots_weigh_nothing(kind: str, tiny_trainer) -> None:
+    """Whatever is in them: not in the loss, nor in gradients, nor among codes and what these restart from."""
+    found = []
+    for slots, fill in ((3, 0), (6, 0), (6, 200)):
+        module = module_of(kind, discriminator=True, gan_start=0)
+        module._trainer = tiny_trainer(1)
+        module.materialize("cpu")
+        module.training_step(batch_of(3, slots, fill), 0).backward()
+        gradients = {name: p.grad for name, p in module.model.named_parameters()}
+        assert all(gradient is not None for gradient in gradients.values())
+        codes = []
+        if module.codes is not None:
+            module.codes.restart_dead(module.model, module.ema_model, 0)
+            codes = [module.codes.use, module.model.network.quantize.embedding.weight]
+            assert module.codes.use.sum() == 3 * 16
+        found.append((module._sums["loss"], gradients, codes))
+    for loss, gradients, codes in found[1:]:
+        torch.testing.assert_close(loss, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1])
+        torch.testing.assert_close(codes, found[0][2])
+    assert found[0][0] > 0
+
+
+def test_dead_codes_restart_where_the_encoder_is() -> None:
+    model = autoencoder("vq").materialize("cpu", 0)  # dead after 2 steps without use, and all at first
+    codes = model.network.quantize.embedding.weight
+    vectors = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    use = torch.zeros(CODES, dtype=torch.int64)
+    use[:4] = 7
+    before = codes.detach().clone()
+    dead = model.count_use(use)
+    assert dead.tolist() == list(range(4, CODES))
+    chosen = model.restart(dead, vectors, ("codes", 0, 0))
+    assert torch.equal(codes[4:], chosen)
+    assert torch.equal(codes[:4], before[:4])
+    assert {tuple(v) for v in chosen.tolist()} <= {tuple(v) for v in vectors.tolist()}
+    assert len(chosen.unique(dim=0)) == len(chosen)
+    assert torch.equal(model.restart(dead, vectors, ("codes", 0, 0)), chosen)
+    assert not torch.equal(model.restart(dead, vectors, ("codes", 0, 1)), chosen)
+    # used, unused once: alive; unused twice: dead
+    use[4:10] = 1
+    assert model.count_use(use).tolist() == []
+    assert model.count_use(use).tolist() == list(range(10, CODES))
+    assert len(model.restart(dead, vectors[:3], ("codes", 0, 2))) == len(dead)  # fewer vectors than codes
+
+
+def test_codebook_statistics_are_closed_forms() -> None:
+    assert statistics(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx({"codebook_use": 0.8, "codebook_perplexity": 4})
+    uneven = statistics(torch.tensor([3, 1]))["codebook_perplexity"]
+    assert uneven == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25))))
+
+
+class Recorder(L.Callback):
+    """Keep the losses of every step; at step `stop` save and end, as an interrupted run does."""
+
+    def __init__(self, path: Path, stop: int | None = None) -> None:
+        self.path, self.stop = path, stop
+        self.losses: list[list[float]] = []
+        self.metrics: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.seen:
+            return
+        self.seen = trainer.global_step
+        metrics = pl_module.step_metrics()
+        names = ("loss", "l1", "kl", "codebook", "adversarial", "discriminator", "codebook_perplexity", "grad_norm")
+        self.losses.append([metrics.get(f"train/{name}", 0.0) for name in names])
+        if self.seen in (self.stop, trainer.max_steps):
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def fit(
+    folder: Path,
+    kind: str,
+    accumulate: int = 1,
+    stop: int | None = None,
+    resume: Path | None = None,
+    validate: bool = False,
+    **settings: Any,
+) -> Recorder:
+    """With a discriminator from step 3 on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(folder / f"{stop or STEPS}.ckpt", stop)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if validate else 0,
+        val_check_interval=STEPS * accumulate,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=1.0,
+        default_root_dir=folder,
+        callbacks=[EMA(0.9), ReconstructionQuality(), recorder],
+        **({"devices": 1} | quiet | settings),
+    )
+    trainer.fit(module_of(kind, discriminator=True), data_of(), ckpt_path=resume, weights_only=True)
+    return recorder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, cache_folder: None) -> dict[str, Any]:
+    """One fit of each kind, with its validation: (folder, what was recorded)."""
+    root = tmp_path_factory.mktemp("autoencoders")
+    return {"root": root} | {kind: (root / kind, fit(root / kind, kind, validate=True)) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_and_says_so(runs: dict[str, Any], kind: str) -> None:
+    folder, recorder = runs[kind]
+    losses = torch.tensor(recorder.losses)
+    assert losses[-1, 1] < 0.9 * losses[0, 1]
+    assert (losses[:3, 4:6] == 0).all()  # no adversary before its step
+    assert (losses[3:, 5] > 0).all()
+    metrics = recorder.metrics
+    expected = {"val/tiles/psnr", "val/tiles/ssim", "val/tiles/l1", "val/tiles/fd_reference_biased", "val/loss"}
+    expected |= {"val/latents_mean_0", "val/latents_std_2"} if kind == "kl" else {"val/codebook_perplexity"}
+    assert expected <= metrics.keys()
+    kl = 1e-6 * metrics["val/tiles/kl"] if kind == "kl" else metrics["val/tiles/codebook"]
+    assert metrics["val/loss"] == pytest.approx(metrics["val/tiles/l1"] + kl, rel=1e-5)
+    sheets = [path.name for path in (folder / "samples").iterdir()]
+    assert sheets == [f"step={STEPS:07d}.png"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_is_the_evaluated_model(runs: dict[str, Any], kind: str) -> None:
+    """Averaged weights; latents of unit variance on the held-out pictures, ids of the codebook."""
+    folder, recorder = runs[kind]
+    average = autoencoder(kind, discriminator=True).materialize("cpu", 0)
+    weights = torch.load(recorder.path, weights_only=True)["state_dict"]
+    average.load_state_dict({k.removeprefix("ema_model."): v for k, v in weights.items() if k.startswith("ema_model")})
+    held_out = torch.stack([one.image for one in TinyPictures().load("val")]).float() / 127.5 - 1
+    with torch.no_grad():
+        coded = average.encode(held_out)
+        decoded = average.decode(coded.latents).clamp(-1, 1)
+    tokenizer = (VAETokenizer if kind == "kl" else VQTokenizer)(str(folder / "autoencoder"))
+    latents = tokenizer.encode(held_out)
+    torch.testing.assert_close(tokenizer.decode(latents), decoded, atol=1e-4, rtol=1e-3)
+    if kind == "vq":
+        assert torch.equal(latents[:, 0], coded.ids.float())
+        assert recorder.metrics["val/codebook_use"] == pytest.approx(len(latents.unique()) / CODES)
+    else:
+        flat = latents.movedim(1, 0).flatten(1)
+        torch.testing.assert_close(flat.mean(1), torch.zeros(3), atol=1e-3, rtol=0)
+        torch.testing.assert_close(flat.std(1, correction=0), torch.ones(3), atol=1e-3, rtol=0)
+    mse = (decoded / 2 - held_out / 2).square().flatten(1).mean(1)
+    assert recorder.metrics["val/tiles/psnr"] == pytest.approx(float((-10 * mse.log10()).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resume_changes_no_bit(runs: dict[str, Any], kind: str) -> None:
+    folder, whole = runs[kind]
+    first = fit(folder, kind, stop=2)  # before the adversary, with codes about to die
+    rest = fit(folder.with_name(f"{kind}_resumed"), kind, resume=first.path)
+    assert first.losses + rest.losses == whole.losses
+    assert differences(state_of(rest.path), state_of(whole.path)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_change_no_loss(runs: dict[str, Any], kind: str) -> None:
+    _, whole = runs[kind]
+    divided = fit(runs["root"] / f"{kind}_divided", kind, accumulate=2)
+    torch.testing.assert_close(torch.tensor(divided.losses), torch.tensor(whole.losses), rtol=1e-4, atol=1e-6)
+
+
+def fit_on_a_rank(root: Path) -> None:
+    for kind in KINDS:
+        folder = root / f"{kind}_ranks"
+        recorder = fit(folder, kind, validate=True, strategy="ddp", devices=2)
+        if torch.distributed.get_rank() == 0:
+            torch.save({"losses": recorder.losses, "metrics": recorder.metrics}, folder / "result.pt")
+
+
+@pytest.mark.multi
+def test_two_processes_do_what_one_does(runs: dict[str, Any]) -> None:
+    run_ranks(runs["root"] / "output", fit_on_a_rank, runs["root"])
+    for kind in KINDS:
+        folder, one = runs[kind]
+        two = torch.load(runs["root"] / f"{kind}_ranks" / "result.pt", weights_only=True)
+        torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one.losses), rtol=1e-4, atol=1e-6)
+        assert two["metrics"] == pytest.approx(one.metrics, rel=1e-3)
+        names = {path.name for path in (folder / "autoencoder").iterdir()}
+        assert {path.name for path in (runs["root"] / f"{kind}_ranks" / "autoencoder").iterdir()} == names
+
+
+def test_the_folder_is_replaced_whole(tmp_path: Path) -> None:
+    """What an interrupted export left behind is no hindrance."""
+    model = autoencoder("kl").materialize("cpu", 0)
+    (tmp_path / ".ae.new").mkdir()
+    (tmp_path / ".ae.new" / "half").touch()
+    for mean in (0.0, 1.0):
+        export(model, tmp_path / "ae", ([mean] * 3, [2.0] * 3))
+        assert json.loads((tmp_path / "ae" / "config.json").read_text())["latents_mean"] == [mean] * 3
+        assert [path.name for path in tmp_path.iterdir()] == ["ae"]
+    images = images_of(2)
+    expected = (model.encode(images).latents.detach() - 1) / 2
+    torch.testing.assert_close(VAETokenizer(str(tmp_path / "ae")).encode(images), expected)
+
+
+def test_the_sheet_has_originals_above_what_came_back() -> None:
+    pairs = torch.zeros(3, 2, 3, 8, 8, dtype=torch.uint8)
+    pairs[:, 0], pairs[:, 1] = 200, 50
+    drawn = np.asarray(sheet([pairs, pairs[:1]]))
+    assert drawn.shape == (4 * 100 + 4, 3 * 100 + 4, 3)
+    assert (drawn[50, 50], drawn[150, 50], drawn[250, 250]) == pytest.approx(np.array([[200] * 3, [50] * 3, [255] * 3]))
+    assert isinstance(sheet([]), PILImage.Image)
+
+
+def test_lpips_is_used_where_its_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    missing = Perceptual("cached")
+    with caplog.at_level(logging.WARNING):
+        assert [missing.load(torch.device("cpu")) for _ in range(3)] == [False] * 3
+    assert len([r for r in caplog.records if "vgg16-397923af.pth" in r.getMessage()]) == 1
+    assert not Perceptual("off").load(torch.device("cpu"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "vgg16-397923af.pth").touch()
+
+    class Squares(torch.nn.Module):
+        def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return (one - other).square().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setattr(autoencoder_losses, "_lpips", Squares)
+    module = module_of("kl", perceptual="cached", perceptual_weight=3.0)
+    module.materialize("cpu")
+    images = images_of(2)
+    parts, reconstructed, _ = module._parts(module.model, images, None)
+    torch.testing.assert_close(parts["perceptual"], F.mse_loss(reconstructed, images, reduction="none").mean((1, 2, 3)))
+    assert module.weights["perceptual"] == 3.0
+
+
+def test_weights_of_lpips_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "vgg16-397923af.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="LPIPS cannot be had.*set perceptual to off"):
+        Perceptual("cached").load(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image_size": 9}, "got image_size 9 with 2 channel_multipliers.*multiple of 2"),
+        ({"latent_channels": 13}, "got latent_channels 13, expected at most 3 x 2"),
+        ({"norm_num_groups": 16}, r"got levels of \[8\] channels, expected multiples of norm_num_groups 16"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        autoencoder("kl", **wrong)
+
+
+def test_codebooks_that_do_not_fit_are_refused() -> None:
+    for wrong in ({"codebook_size": 1}, {"restart_after": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            VQAutoencoder(**SIZES, **wrong)
+    with pytest.raises(ValueError, match="got perceptual 'vgg'"):
+        Perceptual("vgg")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="base_channels 12 of the discriminator, expected a multiple of 8"):
+        PatchDiscriminator(12)
+
+
+def test_data_that_is_not_pictures_alone_is_refused(tiny_trainer, texts) -> None:
+    for settings, message in (
+        ({"text_corpora": [texts]}, "pictures alone"),
+        ({"image_first_noise_limit": 0.0}, "image_first_noise_limit 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_trainer(1).fit(module_of("kl"), data_of(**settings))
+
+
+def test_pictures_of_another_size_are_refused(tiny_trainer) -> None:
+    module = AutoencoderModule(autoencoder("kl", image_size=16), perceptual="off")
+    with pytest.raises(ValueError, match="pictures of 8 x 8 become latents of"):
+        tiny_trainer(1).fit(module, data_of())

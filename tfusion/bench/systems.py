@@ -1,0 +1,136 @@
+"""The paper's comparison at a scale of minutes: each system trained on the same rows, measured, one table.
+
+    python -m tfusion.bench.systems --out runs/systems --jobs 2
+    python -m tfusion.bench.systems --out runs/systems --only chameleon
+
+Every system is a base of `configs/small/` with overlays of `configs/ablation/`; all see the same number of positions.
+Each is `tfusion fit`, then `tfusion validate`; a run that was cut off goes on from its last checkpoint, one that is
+done is only read. Prints the table in markdown; `--out`/systems.json holds all numbers. The systems read pictures
+through our small autoencoders, `runs/autoencoder` and `runs/vq_autoencoder` (their configs say how to train them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfusion.bench.systems_table import as_table
+from tfusion.training.run_folder import read_metrics
+
+
+@dataclass(frozen=True)
+class System:
+    """A line of the table.
+
+    Attributes:
+        name: such as `transfusion-linear-64`: 64 patches an image.
+        base: of `configs/small/`.
+        overlays: of `configs/ablation/`.
+        seeds: of data and weights.
+    """
+
+    name: str
+    base: str
+    overlays: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+
+    def configs(self, folder: Path) -> list[Path]:
+        """In the order in which they are given."""
+        return [folder / "small" / f"{self.base}.yaml", *(folder / "ablation" / f"{o}.yaml" for o in self.overlays)]
+
+
+SYSTEMS = (
+    System("transfusion-linear-64", "transfusion", ("patch_2",), (0, 1)),
+    System("chameleon", "chameleon", (), (0, 1)),
+    System("diffusion-only", "diffusion_only", ("patch_2",), (0, 1)),
+    System("text-only", "text_only", (), (0, 1)),
+    System("transfusion-unet-64", "transfusion", ("patch_2", "unet")),
+    System("transfusion-linear-16", "transfusion", ("patch_4",)),
+    System("transfusion-unet-16", "transfusion", ("patch_4", "unet")),
+    System("transfusion-linear-256", "transfusion", ("patch_1",), (0, 1)),
+    System("transfusion-unet-256", "transfusion", ("patch_1", "unet")),
+    System("no-noise-limit", "transfusion", ("patch_2", "no_noise_limit")),
+    System("noise-limit-500", "transfusion", ("patch_2", "noise_limit_500")),
+    System("noise-limit-0", "transfusion", ("patch_2", "noise_limit_0")),
+    System("causal-linear-64", "transfusion", ("patch_2", "causal")),
+    System("causal-unet-64", "transfusion", ("patch_2", "unet", "causal")),
+)
+
+
+def command(system: System, seed: int, root: Path, configs: Path, extra: list[str]) -> list[str]:
+    """`tfusion fit` of a system, from where it stands."""
+    args = [sys.executable, "-m", "tfusion", "fit"]
+    for path in system.configs(configs):
+        args += ["--config", str(path)]
+    args += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
+    args += ["--data.seed", str(seed), "--model.init_args.seed", str(seed), *extra]
+    if (root / "checkpoints" / "last.ckpt").exists():
+        args += ["--ckpt_path", "last"]
+    return args
+
+
+def run(system: System, seed: int, out: Path, configs: Path, threads: int, extra: list[str]) -> dict[str, Any]:
+    """Train, validate and read one run; what is done already is not done again."""
+    root = out / f"{system.name}-seed{seed}"
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "validation.json").exists():
+        validate = [sys.executable, "-m", "tfusion", "validate", "--config", str(root / "config.yaml")]
+        validate += ["--ckpt_path", "last", "--trainer.enable_progress_bar", "false"]
+        for name, args in (("fit", command(system, seed, root, configs, extra)), ("validate", validate)):
+            if name == "fit" and (root / "fitted").exists():
+                continue
+            with (root / f"{name}.log").open("a", encoding="utf-8") as log:
+                done = subprocess.run(args, stdout=log, stderr=subprocess.STDOUT, env=env, check=False)
+            if done.returncode:
+                return {"system": system.name, "seed": seed, "failed": f"{name}: see {name}.log in its run folder"}
+            (root / "fitted").touch()
+    return read(system.name, seed, root)
+
+
+def read(name: str, seed: int, root: Path) -> dict[str, Any]:
+    """What a finished run measured and cost."""
+    validation = json.loads((root / "validation.json").read_text(encoding="utf-8"))
+    rows = read_metrics(root / "metrics.csv")[1]
+    trained = [row for row in rows if row.get("train/flops")][-1]
+    return {
+        "system": name,
+        "seed": seed,
+        "steps": int(trained["step"]),
+        "train_flops": float(trained["train/flops"]),
+        "train_s": float(trained["train/seconds"]),
+        "metrics": {one["name"]: one["value"] for one in validation["measurements"]},
+        "errors": {one["name"]: one["standard_error"] for one in validation["measurements"]},
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/systems"), help="the folder of the runs")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="the repository's configs")
+    parser.add_argument("--only", default="", help="systems whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, help="of each run; by default the cores / jobs")
+    parser.add_argument(
+        "extra", nargs="*", help="after --: more arguments of `tfusion fit`, such as --trainer.max_steps 20"
+    )
+    options = parser.parse_args(args)
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
+    chosen = [(system, seed) for system in SYSTEMS if options.only in system.name for seed in system.seeds]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        settings = (options.out, options.configs, threads, options.extra)
+        results = list(pool.map(lambda one: run(*one, *settings), chosen))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "systems.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(as_table(results))
+
+
+if __name__ == "__main__":
+    main()
