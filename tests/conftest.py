@@ -198,8 +198,8 @@ def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, halvings, codes in (
         ("autoencoder", 2, None),
         ("vq_autoencoder", 2, 512),
-        ("autoencoder_256", 3, None),
-        ("vq_autoencoder_256", 3, 16384),
+        ("autoencoder_paper", 3, None),
+        ("vq_autoencoder_paper", 3, 16384),
     ):
         stages = halvings + 1
         sizes = {"block_out_channels": (4,) * stages, "norm_num_groups": 2, "latent_channels": 8}

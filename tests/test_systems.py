@@ -14,7 +14,7 @@ import yaml
 
 from tests.conftest import BYTES_VOCAB_SIZE, ROOT, TinyTexts, picture
 from tests.test_configs import instantiate, merged
-from tests.training.processes import run_ranks
+from tests.training.processes import RANKS, end_ranks, start_ranks
 from tests.training.test_parallel import trainer_of
 from tfusion.data.corpora import CaptionedImage, Split
 
@@ -101,7 +101,9 @@ def trained(config_folder: Path) -> Path:
         train(config_folder, "auto")
     finally:
         os.chdir(here)
-    run_ranks(config_folder / "output", train, config_folder, "DDP")
+    output = config_folder / "output"
+    codes, text = end_ranks(start_ranks(output, train, config_folder, "DDP"), output, timeout_s=400)
+    assert codes == [0] * RANKS, text
     return config_folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -20,15 +21,26 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.fixture(scope="module")
-def model() -> Transfusion:
+ADAPTERS = {
+    "linear": {},
+    "unet": {"adapter": "unet", "adapter_channels": 16},
+    "conv": {"adapter": "conv", "adapter_channels": 12, "patch_positions": True},
+}
+
+
+def make_model(**settings: Any) -> Transfusion:
     """In float64, with weights large enough that whatever is seen shows, and a decoder that is not zero."""
-    model = Transfusion(V, LATENT, 2, 32, 2, 4, num_kv_heads=2, max_seq_len=T, qk_norm=True).double()
+    model = Transfusion(V, LATENT, 2, 32, 2, 4, num_kv_heads=2, max_seq_len=T, qk_norm=True, **settings).double()
     model.materialize("cpu", 0)
     for i, parameter in enumerate(model.parameters()):
-        if parameter.ndim == 2:
-            parameter.data = normal(*parameter.shape, seed=i) * 1.5 / parameter.shape[1] ** 0.5
+        if parameter.ndim >= 2:
+            parameter.data = normal(*parameter.shape, seed=i) * 1.5 / parameter[0].numel() ** 0.5
     return model
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def model(request: pytest.FixtureRequest) -> Transfusion:
+    return make_model(**ADAPTERS[request.param])
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +81,7 @@ def everywhere(batch: Batch) -> Batch:
 def naive(model: Transfusion, batch: Batch, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Position by position: logits (B T, V), and outputs of the valid slots, zeros elsewhere."""
     B = batch.token_ids.shape[0]
-    rows = []
+    rows, skips = [], {}
     for b in range(B):
         vectors, patches_before = [], {}
         for t in range(T):
@@ -78,15 +90,17 @@ def naive(model: Transfusion, batch: Batch, x_t: Tensor, timesteps: Tensor) -> t
                 vectors.append(model.embedding.weight[batch.token_ids[b, t]])
             else:
                 n = patches_before[slot] = patches_before.get(slot, -1) + 1
-                vectors.append(model.patch_encoder(x_t[slot : slot + 1], timesteps[slot : slot + 1])[0][0, n])
+                patches, skips[slot] = model.patch_encoder(x_t[slot : slot + 1], timesteps[slot : slot + 1])
+                vectors.append(patches[0, n])
         rows.append(torch.stack(vectors))
-    mask = loop_mask(batch.document_ids, batch.image_ids, batch.hidden)[:, None]
+    together = batch.image_ids if model.image_attention == "bidirectional" else torch.full_like(batch.image_ids, -1)
+    mask = loop_mask(batch.document_ids, together, batch.hidden)[:, None]
     x = model.transformer(torch.stack(rows), batch.position_ids, mask)
     outputs = torch.zeros_like(x_t)
     for slot in range(len(x_t)):
         at = (batch.image_ids == slot).nonzero()
         if len(at):
-            outputs[slot] = model.patch_decoder(x[at[:, 0], at[:, 1]][None], (), timesteps[slot : slot + 1])[0]
+            outputs[slot] = model.patch_decoder(x[at[:, 0], at[:, 1]][None], skips[slot], timesteps[slot : slot + 1])[0]
     return model.text_head(x).view(-1, V), outputs
 
 
@@ -346,9 +360,10 @@ def test_all_parameters_learn(model: Transfusion) -> None:
     assert used - trained <= {2}
 
 
-def test_a_new_model_predicts_zero_and_learns_from_there() -> None:
-    """`init_weights` leaves the decoder at 0: only it has a gradient from the images at first."""
-    model = Transfusion(V, LATENT, 2, 32, 2, 4, max_seq_len=T).materialize("cpu", 0)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_new_model_predicts_zero_and_learns_from_there(adapter: str) -> None:
+    """`init_weights` leaves the decoder's last layer at 0: only it has a gradient from the images at first."""
+    model = Transfusion(V, LATENT, 2, 32, 2, 4, max_seq_len=T, **ADAPTERS[adapter]).materialize("cpu", 0)
     batch, x_t, timesteps = make(PACKED)
     output = model(batch, x_t.float(), timesteps.float())[1]
     assert (output == 0).all()

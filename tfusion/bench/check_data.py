@@ -33,6 +33,8 @@ class DataCheck(TfusionCLI):
         self.config_init = self.parser.instantiate(self.config)
         self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
         data = self.datamodule
+        if isinstance(self.model, TrainedModule):
+            self.model.check_init_from()  # whose tokenizer the data are read with
         allowed, data.max_bad_share = data.max_bad_share, 1.0  # show the whole report first
         data.prepare_mixture(self.model)
         data.bad_records.max_share = allowed

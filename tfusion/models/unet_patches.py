@@ -13,6 +13,7 @@ timestep's embedding, c, y, x channels and size at one resolution.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ class UNetPatchEncoder(nn.Module):
             nn.ModuleList(Stage(width, width, 2 * channels, width == channels) for _ in range(BLOCKS))
             for width in widths
         )
-        self.downs = nn.ModuleList(conv(a, b, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.downs = nn.ModuleList(conv(a, b, stride=2) for a, b in pairwise(widths))
         self.norm = group_norm(channels)
         self.proj = nn.Linear(channels, dim)
         self.positions = nn.Embedding(num_patches(latent_shape, patch_size), dim) if positions else None
@@ -160,7 +161,7 @@ class UNetPatchDecoder(nn.Module):
             nn.ModuleList(Stage(2 * width, width, 2 * channels, width == channels) for _ in range(BLOCKS))
             for width in widths  # twice the width comes in: its own and the skip
         )
-        self.ups = nn.ModuleList(conv(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.ups = nn.ModuleList(conv(a, b) for a, b in pairwise(widths))
         self.norm = group_norm(widths[-1])
         self.proj = conv(widths[-1], latent_shape[0])
 

@@ -101,7 +101,9 @@ class TrainedModule(L.LightningModule):
         raise NotImplementedError
 
     def check_init_from(self) -> None:
-        """Refuse weights to start from that do not fit; before anything is read of the data or allocated.
+        """Take the text tokenizer of the weights to start from, and refuse those that do not fit.
+
+        Before anything is read of the data, which are set up with it, or allocated.
 
         Raises:
             ValueError: `init_from` names no checkpoint that fits.
@@ -109,6 +111,7 @@ class TrainedModule(L.LightningModule):
         if self.init_from is not None and self._warm_start is None:
             sizes = (self.architecture(), self.model_vocab_size)
             self._warm_start = WarmStart(self.init_from, self.model, *sizes)
+            self.text_tokenizer = self._warm_start.text_tokenizer
 
     def take_text_tokenizer(self) -> None:
         """Of a run with `init_from`: take the tokenizer of the weights to come, before data are set up with it.
@@ -122,7 +125,6 @@ class TrainedModule(L.LightningModule):
             self.text_tokenizer = TextTokenizer.from_json(saved["text_tokenizer"])
         elif self.trainer.state.fn == "fit":
             self.check_init_from()
-            self.text_tokenizer = self._warm_start.text_tokenizer
 
     def _fill_from_warm_start(self) -> None:
         """At a fresh fit's first step: training and averaged weights both are those of the other run."""
