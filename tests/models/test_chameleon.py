@@ -223,6 +223,20 @@ def test_a_block_written_out(norm_order: str, qk_norm: bool) -> None:
     close(block(x, rotary(torch.arange(L)[None]), mask, 0)[0], expected)
 
 
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+def test_blocks_begin_as_the_identity_where_norms_stand_behind(norm_order: str) -> None:
+    """And every weight depends on seed and name alone."""
+    model = Chameleon(V, K, LATENT, 32, 2, 4, max_seq_len=T, norm_order=norm_order).materialize("cpu", 5)
+    x = normal(1, T, 32).float()
+    mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+    out = model.transformer.blocks[0](x, model.transformer.rotary(torch.arange(T)[None]), mask, 0)
+    assert torch.equal(out, x) == (norm_order == "post")
+    assert (model.transformer.blocks[0].attention.q_norm.weight == 1).all()
+    assert (model.transformer.norm.weight == 1).all()
+    assert torch.equal(model.head.weight, Chameleon(V, K, LATENT, 32, 1, 4).materialize("cpu", 5).head.weight)
+    assert float(model.head.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
 def test_stability_parts_are_on_by_default_and_names_stay() -> None:
     names = set(Chameleon(V, K, LATENT, 32, 2, 4).state_dict())
     assert any(name.endswith("q_norm.weight") for name in names)

@@ -17,7 +17,11 @@ class BlockIds(ImageTokenizer):
     def __init__(self, side: int, levels: int) -> None:
         self.side, self.levels = side, levels
         self.codebook_size = levels**3
-        self.fingerprint = f"blocks-{side}-{levels}"
+
+    @property
+    def fingerprint(self) -> str:
+        """What its ids mean."""
+        return f"blocks-{self.side}-{self.levels}"
 
     def encode(self, images: Tensor) -> Tensor:
         """(I, 3, H, W) in [-1, 1] -> (I, 1, h, w) whole numbers."""

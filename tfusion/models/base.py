@@ -63,17 +63,21 @@ class MultimodalModel(nn.Module):
         scaled = name.endswith(("o_proj.weight", "down_proj.weight"))
         return 0.02 / (2 * len(self.transformer.blocks)) ** 0.5 if scaled else 0.02
 
+    def initial_gain(self, name: str) -> float:
+        """Of a norm's weights."""
+        return 1.0
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw every weight from a generator seeded by (seed, its name): layout and device change nothing.
 
-        Norms' weights are 1, biases 0, matrices N(0, `initial_std`).
+        Norms' weights are `initial_gain`, biases 0, matrices N(0, `initial_std`).
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 full = torch.zeros(parameter.shape)
             elif "norm" in name:
-                full = torch.ones(parameter.shape)
+                full = torch.full(parameter.shape, self.initial_gain(name))
             else:
                 full = torch.randn(parameter.shape, generator=generator("weights", seed, name))
                 full *= self.initial_std(name, parameter.shape)

