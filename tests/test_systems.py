@@ -67,7 +67,7 @@ def tiny(system: str) -> dict[str, Any]:
         data["image_corpora"] = [{"class_path": f"{__name__}.Tiles"}]
     if "text_corpora" in data:
         data["text_corpora"] = [{"class_path": f"{__name__}.Lines"}]
-    data |= {"vocab_size": BYTES_VOCAB_SIZE, "seq_len": 64}
+    data |= {"vocab_size": BYTES_VOCAB_SIZE, "seq_len": 64, "rows_per_step": 2}
     return settings
 
 

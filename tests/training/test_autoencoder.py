@@ -209,6 +209,22 @@ def test_dead_codes_restart_where_the_encoder_is() -> None:
     assert len(model.restart(dead, vectors[:3], ("codes", 0, 2))) == len(dead)  # fewer vectors than codes
 
 
+def test_averaged_codes_jump_with_their_own() -> None:
+    """The average of a code here and the same code there would be a vector of neither."""
+    module = module_of("vq")
+    module.materialize("cpu")
+    batch = batch_of(3, 3)
+    coded = module.model.encode(images_of(3))
+    used = coded.ids.unique()
+    module.codes.add(coded, batch.image_valid, CODES, first=True)
+    with torch.no_grad():
+        module.ema_model.network.quantize.embedding.weight.zero_()
+    module.codes.restart_dead(module.model, module.ema_model, 0)
+    expected = module.model.network.quantize.embedding.weight.detach().clone()
+    expected[used] = 0
+    assert torch.equal(module.ema_model.network.quantize.embedding.weight, expected)
+
+
 def test_codebook_statistics_are_closed_forms() -> None:
     assert statistics(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx({"codebook_use": 0.8, "codebook_perplexity": 4})
     uneven = statistics(torch.tensor([3, 1]))["codebook_perplexity"]
@@ -239,6 +255,7 @@ class Recorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.validated = pl_module._validation.reconstruction["tiles"].compute()["images"]
 
 
 def fit(
@@ -292,6 +309,7 @@ def test_it_learns_and_says_so(runs: dict[str, Any], kind: str) -> None:
     assert expected <= metrics.keys()
     kl = 1e-6 * metrics["val/tiles/kl"] if kind == "kl" else metrics["val/tiles/codebook"]
     assert metrics["val/loss"] == pytest.approx(metrics["val/tiles/l1"] + kl, rel=1e-5)
+    assert recorder.validated == 5, "each held-out picture once"
     sheets = [path.name for path in (folder / "samples").iterdir()]
     assert sheets == [f"step={STEPS:07d}.png"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -15,14 +16,18 @@ import torch
 import yaml
 
 from tests.data.latent_caches import LATENT_SHAPE, Broken, Halves, Tiles, encode, one_by_one, save_autoencoder
+from tests.data.picture_folders import S, write_pairs
+from tests.test_cli import CONFIG, rows
 from tests.training.processes import RANKS, end_ranks, run_ranks, start_ranks
 from tests.training.test_equivalence import Recorder
 from tfusion import __main__ as cli
+from tfusion.bench.check_data import draw
+from tfusion.bench.data_report import check
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.generation_metrics import GenerationMetrics
 from tfusion.callbacks.perplexity import Perplexity
 from tfusion.callbacks.samples import SampleGrid
-from tfusion.data import Latents
+from tfusion.data import ImageFiles, Latents
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.latent_shards import KEY, SCHEMA
 from tfusion.tokenizers import PixelTokenizer, VAETokenizer
@@ -225,6 +230,25 @@ def test_pictures_without_finite_latents_are_reported(tmp_path: Path) -> None:
         encode(tmp_path, Broken())
 
 
+def test_bad_records_of_the_corpus_are_reported_and_limited(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    write_pairs(tmp_path / "pictures")
+    (tmp_path / "pictures" / "03.png").write_bytes(b"no picture")
+    corpora = [ImageFiles(str(tmp_path / "pictures"), S, name="files")]
+    with pytest.raises(ValueError, match="corpus 'files': 1 of 12 records are bad"):
+        encode(tmp_path / "run", Halves(), corpora=corpora)
+    assert not (tmp_path / "run").exists()
+    encode(tmp_path / "run", Halves(), corpora=corpora, data={"max_bad_share": 0.1})
+    [line] = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert (line["corpus"], line["key"]) == ("files", "03")
+    assert sum(len(rows) for _, rows in contents(tmp_path / "run").values()) == 11
+
+
+def test_an_encoding_that_was_cut_short_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encode(tmp_path, Halves(), trainer={"limit_predict_batches": 3})
+    assert "5 of 6 shards are still to be written: run it again" in caplog.text
+
+
 # What is refused.
 
 CHANGES = {
@@ -343,6 +367,35 @@ def test_predict_needs_no_checkpoint_and_writes_latents_alone(autoencoder: str, 
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "latents"]
     corpus = Latents(str(tmp_path / "run" / "latents"))
     assert [len(corpus.load(split)) for split in ("train", "val", "test")] == [11, 5, 2]
+
+
+def test_a_run_from_the_cache(autoencoder: str, tmp_path: Path, monkeypatch) -> None:
+    """Trained, validated, sampled and measured as from any corpus."""
+    tfusion(tmp_path, monkeypatch, "predict", "--config", write_config(tmp_path, autoencoder))
+    config = copy.deepcopy(CONFIG)
+    config["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "default_root_dir": "trained"}
+    settings = config["model"]["init_args"]
+    settings["image_tokenizer"] = {"class_path": "VAETokenizer", "init_args": {"path": autoencoder}}
+    settings["model"]["init_args"] |= {"latent_shape": LATENT_SHAPE, "patch_size": 2}
+    config["data"]["image_corpora"] = [{"class_path": "tfusion.data.Latents", "init_args": {"path": "run/latents"}}]
+    config["generation_metrics"] = {"num_captions": 2}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config))))
+    tfusion(tmp_path, monkeypatch, "fit", "--config", "fit.yaml")
+    measured = {name: value for row in rows(tmp_path / "trained") for name, value in row.items() if value}
+    assert float(measured["val/tiles/diffusion_loss"]) > 0 and float(measured["val/tiles/cider_d"]) >= 0
+    assert (tmp_path / "trained" / "samples" / "step=0000002.png").is_file()
+    assert (tmp_path / "trained" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_data_can_be_checked_dry(tmp_path: Path, tiny_data, tiny_module, attached) -> None:
+    encode(tmp_path, Broken(), data={"max_bad_share": 1.0})
+    data = tiny_data(image_corpora=[Latents(str(tmp_path / "latents"))], max_bad_share=1.0)
+    module = tiny_module(image_tokenizer=Broken())
+    report = check(attached(data, module), module, rows=8, tokens_per_s=1.0)
+    [files] = report["corpora"][0]["files"]
+    assert files["records"] == 18 and files["bad"] > 0
+    assert report["latents"]["shape"] == [3, 8, 8] and report["latents"]["not_finite"] == 0
+    assert draw(data, 8).size  # no picture was kept
 
 
 @pytest.mark.parametrize(

@@ -51,16 +51,15 @@ SYSTEMS = (
     System("chameleon", "chameleon", (), (0, 1)),
     System("diffusion-only", "diffusion_only", ("patch_2",), (0, 1)),
     System("text-only", "text_only", (), (0, 1)),
-    System("transfusion-unet-64", "transfusion", ("patch_2", "unet")),
+    System("transfusion-unet-64", "transfusion", ("patch_2", "unet_small")),
     System("transfusion-linear-16", "transfusion", ("patch_4",)),
-    System("transfusion-unet-16", "transfusion", ("patch_4", "unet")),
+    System("transfusion-unet-16", "transfusion", ("patch_4", "unet_small")),
     System("transfusion-linear-256", "transfusion", ("patch_1",), (0, 1)),
-    System("transfusion-unet-256", "transfusion", ("patch_1", "unet")),
+    System("transfusion-unet-256", "transfusion", ("patch_1", "unet_small")),
     System("no-noise-limit", "transfusion", ("patch_2", "no_noise_limit")),
-    System("noise-limit-500", "transfusion", ("patch_2", "noise_limit_500")),
     System("noise-limit-0", "transfusion", ("patch_2", "noise_limit_0")),
     System("causal-linear-64", "transfusion", ("patch_2", "causal")),
-    System("causal-unet-64", "transfusion", ("patch_2", "unet", "causal")),
+    System("causal-unet-64", "transfusion", ("patch_2", "unet_small", "causal")),
 )
 
 
@@ -70,6 +69,7 @@ def command(system: System, seed: int, root: Path, configs: Path, extra: list[st
     for path in system.configs(configs):
         args += ["--config", str(path)]
     args += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
+    args += ["--generation_metrics.every_n_steps", "1000000000"]  # `validate` measures
     args += ["--data.seed", str(seed), "--model.init_args.seed", str(seed), *extra]
     if (root / "checkpoints" / "last.ckpt").exists():
         args += ["--ckpt_path", "last"]

@@ -176,9 +176,10 @@ class CorpusEncoder(L.LightningModule):
         self.trainer.strategy.barrier("latents_written")
         data = self.trainer.datamodule
         [corpus] = data.image_corpora
-        written = found_shards(self.folder)
-        if not all(shard.name in written for shard in self.info.shards()):
-            return  # stopped before the end, by limit_predict_batches
+        left = {shard.name for shard in self.info.shards()} - found_shards(self.folder).keys()
+        if left:  # by limit_predict_batches
+            log.warning("%d of %d shards are still to be written: run it again", len(left), len(self.info.shards()))
+            return
         detail = "the image tokenizer made NaN or infinity of it"
         bad = [
             BadRecord(corpus.name, cause, file, key, detail) for file, key, cause in bad_rows(self.folder, self.info)
