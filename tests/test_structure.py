@@ -27,7 +27,7 @@ TIERS = [
         "models.conv_patches",
         "losses",
     },
-    {"token_sampling", "requests", "models.transfusion", "models.reference_encoder", "tokenizers"},
+    {"token_sampling", "requests", "models.transfusion", "models.flops", "models.reference_encoder", "tokenizers"},
     {"decoding"},
     {"generation", "data.corpora", "data.order"},
     {

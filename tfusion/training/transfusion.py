@@ -20,6 +20,7 @@ from torch import Tensor
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
 from tfusion.generation import Generator, by_columns
 from tfusion.losses import image_mse, token_nll
+from tfusion.models.flops import training_flops
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import Generation, GenerationConfig, Request, parse_request
 from tfusion.samplers import Sampler
@@ -105,6 +106,10 @@ class TransfusionModule(TrainedModule):
         """What weights depend on and their shapes do not show."""
         return architecture_of(self.model, self.process)
 
+    def training_flops(self, rows: int, positions: int, labels: int, images: int) -> int:
+        """See `models/flops.py`."""
+        return training_flops(self.model, rows, positions, labels, images)
+
     def configure_model(self) -> None:
         """Allocate and fill the weights on the device, once; under FSDP2 each rank its shards of them."""
         check_strategy(self.trainer.strategy, self.trainer.world_size)
@@ -125,12 +130,14 @@ class TransfusionModule(TrainedModule):
         counts = batch.step_counts.clone()
         if self.trainer.world_size > 1:
             dist.all_reduce(counts)
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if first:
+            self.count_step(batch, counts[0])
         counts = counts.clamp(min=1)  # an absent modality gives loss 0
         text_loss, diffusion_loss = nll.sum() / counts[0], errors.sum() / counts[1]
         loss = text_loss + self.diffusion_loss_weight * diffusion_loss
         losses = torch.stack([text_loss, diffusion_loss])
         sums = micro_batch_sums(batch, losses, errors.detach(), timesteps, self.process.num_train_timesteps)
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums
         # Lightning divides by A, DDP and FSDP2 by W
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -172,6 +179,7 @@ class TransfusionModule(TrainedModule):
             dist.all_reduce(sums)
         kinds = {"text": self.predicts_text, "images": self.predicts_images}
         metrics = metrics_of(sums, self.process.num_train_timesteps, self.diffusion_loss_weight, **kinds)
+        metrics["train/flops"] = float(self.flops_so_far())
         metrics["train/grad_norm"] = float(self.grad_norm)
         metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]
         return metrics
