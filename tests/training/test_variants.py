@@ -143,7 +143,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, cache_folder: None) -> Path:
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_are_one(root: Path, tmp_path: Path, name: str, strategy: str) -> None:
-    """20 losses, gradients' norms and FLOPs."""
+    """20 losses and FLOPs; a gradient's norm is rounded more, by convolutions most."""
     rows = torch.load(root / f"{name} {strategy}" / "rows.pt", weights_only=True)
     one, _ = fit(tmp_path, **VARIANTS[name])
     assert len(rows) == STEPS
@@ -151,4 +151,4 @@ def test_two_processes_are_one(root: Path, tmp_path: Path, name: str, strategy: 
         assert ours.keys() == theirs.keys()
         assert ours["train/flops"] == theirs["train/flops"]
         for key, value in ours.items():
-            assert theirs[key] == pytest.approx(value, rel=1e-5), key
+            assert theirs[key] == pytest.approx(value, rel=1e-4 if key == "train/grad_norm" else 1e-5), key
