@@ -33,6 +33,7 @@ TIERS = [
         "models.base",
         "models.transfusion",
         "models.chameleon",
+        "models.flops",
         "models.reference_encoder",
         "models.discriminator",
         "models.autoencoder",

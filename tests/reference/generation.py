@@ -116,7 +116,8 @@ def naive_generate(model, process, prompt, request, sample=0):
         sampler = Sampler(process, name, config.num_inference_steps)
         for index, timestep in enumerate(sampler.timesteps):
             output = run(model, [*sequence, (x_t[0], timestep)])[1][-1:]
-            if config.guidance_scale != 1:
+            low, high = (end * process.num_train_timesteps for end in config.guidance_interval)
+            if config.guidance_scale != 1 and low <= timestep <= high:
                 without = run(model, [*null, (x_t[0], timestep)])[1][-1:]
                 output = without + config.guidance_scale * (output - without)
             x_t = sampler.step(output, index, x_t, [noise])

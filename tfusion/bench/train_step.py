@@ -5,8 +5,8 @@
 
 - `step_s`: median seconds of forward, backward, clipping and optimizer step, inside Lightning's own loop.
 - `positions`, `tokens_per_s`: of a step, all of them: text, patches, special ids. No padding.
-- `params`, and `matmul_share`: model FLOPs (`flops.py`: what is counted) / step_s / the rate of a square product of
-  the same type, measured in the same run.
+- `params`, and `matmul_share`: model FLOPs (`models/flops.py`: what is counted) / step_s / the rate of a square
+  product of the same type, measured in the same run.
 - `--peer`: the same samples by transfusion-pytorch, one of its steps after each of ours. `ratio` is the smaller of
   `tokens_ratio` and `samples_ratio`, so that neither side's special ids count in its favour; all of medians, but
   `ratio_of_fastest`.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tfusion.bench.flops import matmul_rate, training_flops
+from tfusion.bench.flops import matmul_rate
 from tfusion.bench.peer import PACKAGE, Peer
 from tfusion.bench.setting import (
     DEVICE,
@@ -41,6 +41,7 @@ from tfusion.bench.setting import (
     sizes_of,
     wait,
 )
+from tfusion.models.flops import training_flops
 from tfusion.models.patches import unpatchify
 from tfusion.sequence import NUM_SPECIAL_IDS, Batch, Document, Image, RowShape, collate
 

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, TextTokenizer
 from tfusion.training.compatibility import (
     check_architecture,
@@ -34,7 +35,8 @@ class TrainedModule(L.LightningModule):
     """A model on the meta device, with `materialize(device, seed)`, and how it is optimized.
 
     Subclasses give `training_step`, `validation_step`, `step_metrics` (of the step that just ended) and
-    `architecture` (what weights depend on and their shapes do not show).
+    `architecture` (what weights depend on and their shapes do not show). Those that model sequences count them in
+    `training_step` (`count_step`), give `training_flops` and log `flops_so_far()`.
 
     Args:
         model: what is trained.
@@ -74,6 +76,8 @@ class TrainedModule(L.LightningModule):
         # not finite (I,) and keys of each micro-batch since the last logging step
         self.latent_checks: deque[tuple[Tensor, tuple[str, ...]]] = deque(maxlen=1000)
         self.grad_norm: Tensor | None = None
+        self.step_shape = (0, 0, 0)  # rows, positions a row and image slots of the whole step, all ranks
+        self.labels_seen: Tensor | int = 0  # labelled positions of all steps so far, all ranks; on the device
         self.precision = "32-true"  # of generation without a trainer
         self._materialized = False
 
@@ -134,6 +138,26 @@ class TrainedModule(L.LightningModule):
                 log.info("%s", self._warm_start.report(self.model))
         self._warm_start = None  # and its file
 
+    def training_flops(self, rows: int, positions: int, labels: int, images: int) -> int:
+        """Model FLOPs, forward and backward, of B rows of T positions, N labels and I image slots; linear in N."""
+        raise NotImplementedError
+
+    def count_step(self, micro_batch: Batch, labels: Tensor) -> None:
+        """Take note of a step at its first micro-batch; `labels`, on the device, are those of the whole step."""
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        rows, positions = micro_batch.token_ids.shape
+        self.step_shape = (rows * parts, positions, len(micro_batch.image_valid) * parts)
+        self.labels_seen = self.labels_seen + labels.long()
+
+    def flops_so_far(self) -> int:
+        """Model FLOPs from step 0: steps are of one shape, labels are counted; waits for the device.
+
+        Neither the layout nor a resume changes it. Image slots count empty or not, for they run; labels without the
+        padding of N.
+        """
+        a_step = self.training_flops(self.step_shape[0], self.step_shape[1], 0, self.step_shape[2])
+        return self.trainer.global_step * a_step + self.training_flops(0, 0, int(self.labels_seen), 0)
+
     def configure_model(self) -> None:
         """Allocate and fill the weights on the device, once."""
         if not self._materialized:
@@ -191,6 +215,7 @@ class TrainedModule(L.LightningModule):
         checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
         checkpoint["architecture"] = self.architecture()
         checkpoint["caption_drop"] = self.caption_drop
+        checkpoint["labels_seen"] = int(self.labels_seen)
         name_optimizer_state(checkpoint, self._optimizer_names())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -202,6 +227,7 @@ class TrainedModule(L.LightningModule):
         check_architecture(self.architecture(), checkpoint["architecture"])
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
         self._caption_drop = checkpoint.get("caption_drop")  # older ones do not say
+        self.labels_seen = checkpoint.get("labels_seen", 0)  # older checkpoints counted none
         if self._trainer is not None and self.trainer.state.fn == "fit":
             recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
             number_optimizer_state(checkpoint, self._optimizer_names())

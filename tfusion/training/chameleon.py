@@ -16,6 +16,7 @@ from tfusion.generation import Generator
 from tfusion.image_tokens import check_settings
 from tfusion.losses import squared_log_z, token_nll
 from tfusion.models.chameleon import Chameleon
+from tfusion.models.flops import training_flops
 from tfusion.requests import GenerationConfig
 from tfusion.sequence import IGNORE_INDEX, Batch
 from tfusion.tokenizers import ImageTokenizer
@@ -96,10 +97,14 @@ class ChameleonModule(MultimodalModule):
             "latent_shape": list(self.model.latent_shape),
         }
 
+    def training_flops(self, rows: int, positions: int, labels: int, images: int) -> int:
+        """See `models/flops.py`."""
+        return training_flops(self.model, rows, positions, labels, images)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of the global means."""
         nll, image_nll, log_z = self._losses(self.model, batch)
-        text, images = self.global_counts(batch)
+        text, images = self.global_counts(batch, batch_idx)
         ids = images * self.model.num_patches
         count = (text + ids).clamp(min=1)
         z_loss = log_z.sum() / count

@@ -86,16 +86,22 @@ class MultimodalModule(TrainedModule):
                     shard(model, self.device_mesh["data_parallel"], self._computes_in_bf16())
         self.materialize(self.trainer.strategy.root_device)
 
-    def global_counts(self, batch: Batch) -> Tensor:
+    def global_counts(self, batch: Batch, batch_idx: int) -> Tensor:
         """(2,) labelled text tokens and predicted images of the whole optimizer step; collective."""
         counts = batch.step_counts.clone()
         if self.trainer.world_size > 1:
             dist.all_reduce(counts)
+        if self._first(batch_idx):
+            self.count_step(batch, counts[0])
         return counts
+
+    def _first(self, batch_idx: int) -> bool:
+        """Whether a micro-batch is the first of its step."""
+        return batch_idx % self.trainer.accumulate_grad_batches == 0
 
     def add_micro_batch(self, loss: Tensor, sums: Tensor, batch_idx: int) -> Tensor:
         """Keep a micro-batch's sums, and scale its part of the step's loss as Lightning and DDP want it."""
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        first = self._first(batch_idx)
         self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums
         # Lightning divides by A, DDP and FSDP2 by W
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -106,6 +112,7 @@ class MultimodalModule(TrainedModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(sums)
         metrics = self.metrics_of_step(sums)
+        metrics["train/flops"] = float(self.flops_so_far())
         metrics["train/grad_norm"] = float(self.grad_norm)
         metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]
         return metrics

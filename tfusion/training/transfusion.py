@@ -17,6 +17,7 @@ from torch import Tensor
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
 from tfusion.generation import Generator
 from tfusion.losses import image_mse, token_nll
+from tfusion.models.flops import training_flops
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import GenerationConfig
 from tfusion.samplers import Sampler
@@ -106,10 +107,14 @@ class TransfusionModule(MultimodalModule):
         """What weights depend on and their shapes do not show."""
         return architecture_of(self.model, self.process)
 
+    def training_flops(self, rows: int, positions: int, labels: int, images: int) -> int:
+        """See `models/flops.py`."""
+        return training_flops(self.model, rows, positions, labels, images)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of the global means."""
         nll, errors, timesteps, _ = self._losses(self.model, batch)
-        counts = self.global_counts(batch).clamp(min=1)  # an absent modality gives loss 0
+        counts = self.global_counts(batch, batch_idx).clamp(min=1)  # an absent modality gives loss 0
         text_loss, diffusion_loss = nll.sum() / counts[0], errors.sum() / counts[1]
         loss = text_loss + self.diffusion_loss_weight * diffusion_loss
         losses = torch.stack([text_loss, diffusion_loss])
