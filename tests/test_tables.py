@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 TABLES = (ROOT / "configs" / "ablation" / "README.md").read_text(encoding="utf-8")
 ROWS_OF_THE_PAPER = {3: 2, 4: 4, 5: 4, 6: 7, 7: 10, 8: 4}
 WIDTHS = {"0.16B": 768, "0.37B": 1024, "0.76B": 1536, "1.4B": 2048, "7B": 4096}
-SMALL_WIDTHS = dict(zip(WIDTHS, (128, 192, 256, 384, 512), strict=True))
+SMALL_WIDTHS = dict(zip(WIDTHS, (128, 192, 192, 256, 384), strict=True))
 
 
 @dataclass(frozen=True)
