@@ -15,11 +15,12 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, VQModel
 
 from tests.reference.ids import BlockIds
+from tfusion.data import Shapes
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.models.chameleon import Chameleon
 from tfusion.models.transfusion import Transfusion
-from tfusion.tokenizers import TextTokenizer
+from tfusion.tokenizers import TextTokenizer, VAETokenizer, VQTokenizer
 from tfusion.training.chameleon import ChameleonModule
 from tfusion.training.transfusion import TransfusionModule
 
@@ -55,6 +56,16 @@ class TinyPictures:
 
     def load(self, split: str) -> Sequence[CaptionedImage]:
         return [picture(n) for n in {"train": range(11), "val": range(11, 16), "test": range(16, 18)}[split]]
+
+
+class FewScenes:
+    """A few of `Shapes` at 64 x 64."""
+
+    name, image_size, scenes = "shapes", 64, True
+
+    def load(self, split: str) -> Sequence[CaptionedImage]:
+        pictures = Shapes(self.image_size).load(split)
+        return [pictures[i] for i in range(4)]
 
 
 class TinyTexts:
@@ -192,7 +203,9 @@ def attached() -> Callable[..., MultimodalDataModule]:
 
 @pytest.fixture(scope="session")
 def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `configs/` and, under `runs/`, tiny autoencoders where the configs expect trained ones."""
+    """A folder with `configs/` and, under `runs/`, tiny autoencoders and caches where configs expect them."""
+    from tests.data.latent_caches import encode  # which imports this file
+
     folder = tmp_path_factory.mktemp("configs")
     (folder / "configs").symlink_to(ROOT / "configs")
     for name, halvings, codes in (
@@ -214,4 +227,8 @@ def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"num_vq_embeddings": codes, "vq_embed_dim": 4} if codes else {}
             )
             kind(**sizes, **more).save_pretrained(folder / "runs" / name / "autoencoder")
+    small = {"encode": VAETokenizer, "encode_ids": VQTokenizer}
+    for (run, tokenizer), name in zip(small.items(), ("autoencoder", "vq_autoencoder"), strict=True):
+        autoencoder = tokenizer(str(folder / "runs" / name / "autoencoder"))
+        encode(folder / "runs" / run, autoencoder, [FewScenes()])
     return folder

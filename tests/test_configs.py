@@ -89,4 +89,5 @@ def test_overlay(path):
     scales = [base, *([f"small/{base}"] if base in ("transfusion", "chameleon") else [])]
     for base in scales:
         built = instantiate(merged(yaml.safe_load((CONFIGS / f"{base}.yaml").read_text(encoding="utf-8")), overlay))
-        assert all(p.is_meta for p in built.model.model.parameters())
+        encodes = isinstance(built.model, CorpusEncoder)  # which has no model of its own
+        assert encodes or all(p.is_meta for p in built.model.model.parameters())

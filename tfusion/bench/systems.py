@@ -5,8 +5,8 @@
 
 Every system is a base of `configs/small/` with overlays of `configs/ablation/`; all see the same number of positions.
 Each is `tfusion fit`, then `tfusion validate`; a run that was cut off goes on from its last checkpoint, one that is
-done is only read. Prints the table in markdown; `--out`/systems.json holds all numbers. The systems read pictures
-through our small autoencoders, `runs/autoencoder` and `runs/vq_autoencoder` (their configs say how to train them).
+done is only read. Prints the table in markdown; `--out`/systems.json holds all numbers. The systems read scenes out of
+the caches `runs/encode` and `runs/encode_ids` of our small autoencoders (the configs' headers say how to make them).
 """
 
 from __future__ import annotations
