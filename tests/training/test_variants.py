@@ -38,6 +38,7 @@ class Recorder(L.Callback):
         self.rows: list[dict[str, float]] = []
         self.labels: list[float] = []
         self.stop = stop
+        self.picture = torch.zeros(0)  # from the averaged weights of the last step; under FSDP2 of a gathered copy
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seen = trainer.global_step
@@ -48,6 +49,10 @@ class Recorder(L.Callback):
         self.seen = trainer.global_step
         self.labels.append(float(batch.step_counts[0]))
         self.rows.append(pl_module.step_metrics())
+        if self.seen == STEPS and pl_module.predicts_images:
+            wanted = {"segments": ["red"], "generate": "image", "num_inference_steps": 2, "guidance_scale": 2.0}
+            [generation] = pl_module.generate([wanted])
+            self.picture = torch.tensor(list(generation.segments[0].tobytes()))
         if self.seen == self.stop:
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "half.ckpt")
             trainer.should_stop = True
@@ -77,7 +82,7 @@ def fit(
     trainer = trainer_of(folder, strategy_name, callbacks=[EMA(0.9), recorder], precision=precision, **settings)
     trainer.fit(module, MultimodalDataModule(images, texts, **rows), ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
-        torch.save(recorder.rows, folder / "rows.pt")
+        torch.save((recorder.rows, recorder.picture), folder / "rows.pt")
     return recorder, module
 
 
@@ -143,10 +148,11 @@ def root(tmp_path_factory: pytest.TempPathFactory, cache_folder: None) -> Path:
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_are_one(root: Path, tmp_path: Path, name: str, strategy: str) -> None:
-    """20 losses and FLOPs; a gradient's norm is rounded more, by convolutions most."""
-    rows = torch.load(root / f"{name} {strategy}" / "rows.pt", weights_only=True)
+    """20 losses, FLOPs and a picture; a gradient's norm is rounded more, by convolutions most."""
+    rows, picture = torch.load(root / f"{name} {strategy}" / "rows.pt", weights_only=True)
     one, _ = fit(tmp_path, **VARIANTS[name])
     assert len(rows) == STEPS
+    torch.testing.assert_close(picture, one.picture, rtol=0, atol=1)
     for ours, theirs in zip(one.rows, rows, strict=True):
         assert ours.keys() == theirs.keys()
         assert ours["train/flops"] == theirs["train/flops"]
