@@ -34,12 +34,15 @@ class System:
         base: of `configs/small/`.
         overlays: of `configs/ablation/`.
         seeds: of data and weights.
+        slots: images a row, where not as many as would fit: with half of the positions text, half of them stay empty,
+            and an adapter runs for each.
     """
 
     name: str
     base: str
     overlays: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    slots: int | None = None
 
     def configs(self, folder: Path) -> list[Path]:
         """In the order in which they are given."""
@@ -47,19 +50,19 @@ class System:
 
 
 SYSTEMS = (
-    System("transfusion-linear-64", "transfusion", ("patch_2",), (0, 1)),
+    System("transfusion-linear-64", "transfusion", ("patch_2",), (0, 1), slots=5),
     System("chameleon", "chameleon", (), (0, 1)),
     System("diffusion-only", "diffusion_only", ("patch_2",), (0, 1)),
     System("text-only", "text_only", (), (0, 1)),
-    System("transfusion-unet-64", "transfusion", ("patch_2", "unet_small")),
-    System("transfusion-linear-16", "transfusion", ("patch_4",)),
-    System("transfusion-unet-16", "transfusion", ("patch_4", "unet_small")),
+    System("transfusion-unet-64", "transfusion", ("patch_2", "unet_small"), slots=5),
+    System("transfusion-linear-16", "transfusion", ("patch_4",), slots=12),
+    System("transfusion-unet-16", "transfusion", ("patch_4", "unet_small"), slots=12),
     System("transfusion-linear-256", "transfusion", ("patch_1",), (0, 1)),
     System("transfusion-unet-256", "transfusion", ("patch_1", "unet_small")),
-    System("no-noise-limit", "transfusion", ("patch_2", "no_noise_limit")),
-    System("noise-limit-0", "transfusion", ("patch_2", "noise_limit_0")),
-    System("causal-linear-64", "transfusion", ("patch_2", "causal")),
-    System("causal-unet-64", "transfusion", ("patch_2", "unet_small", "causal")),
+    System("no-noise-limit", "transfusion", ("patch_2", "no_noise_limit"), slots=5),
+    System("noise-limit-0", "transfusion", ("patch_2", "noise_limit_0"), slots=5),
+    System("causal-linear-64", "transfusion", ("patch_2", "causal"), slots=5),
+    System("causal-unet-64", "transfusion", ("patch_2", "unet_small", "causal"), slots=5),
 )
 
 
@@ -70,6 +73,7 @@ def command(system: System, seed: int, root: Path, configs: Path, extra: list[st
         args += ["--config", str(path)]
     args += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
     args += ["--generation_metrics.every_n_steps", "1000000000"]  # `validate` measures
+    args += ["--data.max_images_per_row", str(system.slots)] if system.slots else []
     args += ["--data.seed", str(seed), "--model.init_args.seed", str(seed), *extra]
     if (root / "checkpoints" / "last.ckpt").exists():
         args += ["--ckpt_path", "last"]
