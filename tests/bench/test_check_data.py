@@ -110,6 +110,21 @@ def test_packing_against_counting_positions_of_rows(arguments) -> None:
     assert found["images_a_row"] == sum(len(d.images) for row in rows for d in row) / 32
 
 
+def test_compute_against_counting_pairs(arguments) -> None:
+    cli = check_data.run(check_data.DataCheck, ["fit", *arguments[:4]])
+    data, model = cli.datamodule, cli.model.model
+    found = check_data.check(data, cli.model, 32, 1000.0)["compute"]
+    rows = [Stream(data.mixture, n, StreamPosition()).next_row() for n in (0, 4, 8, 13, 17, 22, 26, 31)]
+    pairs = 0
+    for document in (document for row in rows for document in row):
+        length = document.length(64)
+        pairs += length * (length + 1) // 2 + len(document.images) * 64 * 63 // 2
+    assert found["attention_share"] == pairs / (len(rows) * 256**2)
+    attention = 3 * 4 * len(model.transformer.blocks) * data.rows_per_step * 256**2 * 256  # D = T = 256
+    saved = found["flops_a_step"] - found["flops_a_step_masked"]
+    assert saved == pytest.approx(attention * (1 - found["attention_share"]), rel=1e-6)
+
+
 def test_a_path_that_is_not_there_is_one_line(arguments, capsys) -> None:
     with pytest.raises(SystemExit) as exit:
         check_data.main([*arguments[:2], "--trainer.default_root_dir", "nowhere"])

@@ -90,6 +90,13 @@ def describe(report: dict[str, Any]) -> str:
         f"with an image, {packing['images_a_row']:.2f} images a row ({packing['image_slots_a_row']} slots, "
         f"{packing['patches_an_image']} patches each); first {packing['rows']} rows"
     )
+    if "compute" in report:
+        compute = report["compute"]
+        lines.append(
+            f"compute: {compute['flops_a_step']:.3g} FLOPs a step, as train/flops; "
+            f"{compute['flops_a_step_masked']:.3g} with attention only where the mask lets it through "
+            f"({compute['attention_share']:.0%})"
+        )
     if "latents" in report:
         latents = report["latents"]
         lines.append(

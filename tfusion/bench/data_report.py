@@ -14,7 +14,10 @@ from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.data.mixture import Stream, StreamPosition
 from tfusion.data.records import Table
 from tfusion.data.sources import captions_of
+from tfusion.models.flops import attention_share, training_flops
+from tfusion.sequence import collate
 from tfusion.tokenizers import PixelTokenizer
+from tfusion.training.multimodal import MultimodalModule
 from tfusion.training.transfusion import TransfusionModule
 
 SAMPLED = 2000  # captions, and pieces of text, whose tokens are counted
@@ -30,6 +33,8 @@ def check(data: MultimodalDataModule, module: TransfusionModule, rows: int, toke
         report["corpora"].append(check_texts(corpus, number, data))
     report["packing"] = check_packing(data, rows)
     report["epochs"] = epochs(report, data, tokens_per_s)
+    if isinstance(module, MultimodalModule):
+        report["compute"] = check_compute(data, module)
     if images and not isinstance(module.image_tokenizer, PixelTokenizer):
         report["latents"] = check_latents(data, module)
     return report
@@ -113,6 +118,25 @@ def check_packing(data: MultimodalDataModule, rows: int) -> dict[str, Any]:
         "images_a_row": images / count,
         "image_slots_a_row": shape.max_images,
         "patches_an_image": shape.num_patches,
+    }
+
+
+def check_compute(data: MultimodalDataModule, module: MultimodalModule) -> dict[str, float]:
+    """Model FLOPs of a step as `train/flops` counts them, and with attention only where the mask lets it through.
+
+    From the first row of eight streams.
+    """
+    shape, R = data.mixture.shape, data.rows_per_step
+    numbers = spread(data.lanes * R, 8)
+    rows = [Stream(data.mixture, number, StreamPosition()).next_row() for number in numbers]
+    batch = collate(rows, shape, [("check_data", number) for number in numbers])
+    labels = round(float(batch.step_counts[0]) * R / len(rows))
+    sizes = (R, shape.seq_len, labels, R * shape.max_images)
+    share = attention_share(batch, module.model.seen_together(batch.image_ids))
+    return {
+        "flops_a_step": training_flops(module.model, *sizes),
+        "attention_share": share,
+        "flops_a_step_masked": training_flops(module.model, *sizes, attention_share=share),
     }
 
 

@@ -1,9 +1,10 @@
-"""The paper's comparison at a scale of minutes: each system trained on the same rows, measured, one table.
+"""The paper's comparison at a scale of minutes: each system trained, measured, one table.
 
     python -m tfusion.bench.systems --out runs/systems --jobs 2
     python -m tfusion.bench.systems --out runs/systems --only chameleon
 
-Every system is a base of `configs/small/` with overlays of `configs/ablation/`; all see the same number of positions.
+Every system is a base of `configs/small/` with overlays of `configs/ablation/`. A step of those of both modalities has
+the same number of positions, half of them text; text-only and diffusion-only see that half of it which is theirs.
 Each is `tfusion fit`, then `tfusion validate`; a run that was cut off goes on from its last checkpoint, one that is
 done is only read. Prints the table in markdown; `--out`/systems.json holds all numbers. The systems read scenes out of
 the caches `runs/encode` and `runs/encode_ids` of our small autoencoders (the configs' headers say how to make them).
