@@ -68,7 +68,7 @@ TIERS = [
         "data.prompts",
         "metrics",
     },
-    {"data.choices"},
+    {"data.choices", "data.checks"},
     {
         "data.datamodule",
         "training.optim",

@@ -156,13 +156,15 @@ class TfusionCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Refuse what the number of processes does not allow, while there is one."""
+        """Refuse what does not fit together, while there is one process and nothing has been read."""
         self.datamodule.layout_under(self.trainer)
-        self._check_strategy()
+        self._check_model()
         if isinstance(self.model, TrainedModule) and self.model.ckpt_path is None:
             self.model.check_init_from()
 
-    def _check_strategy(self) -> None:
+    def _check_model(self) -> None:
+        """Refuse a model that does not fit the data, the processes or the checkpoint."""
+        self.datamodule.check_against(self.model, self.subcommand)
         strategy, ckpt_path = self.trainer.strategy, self.config_init[self.subcommand].ckpt_path
         check_strategy(strategy, self.trainer.world_size)
         self.model.ckpt_path = ckpt_path
@@ -170,7 +172,7 @@ class TfusionCLI(LightningCLI):
             saved = torch.load(ckpt_path, map_location="cpu", mmap=True, weights_only=True)
             check_state_dict(self.model.state_dict(), saved["state_dict"])
 
-    before_validate = before_predict = _check_strategy
+    before_validate = before_predict = _check_model
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
