@@ -22,7 +22,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -42,10 +41,10 @@ from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.training import run_folder
 from tfusion.training.base import TrainedModule
 from tfusion.training.chameleon import ChameleonModule  # noqa: F401 (so that YAML may name it, as --help does)
-from tfusion.training.compatibility import check_state_dict
 from tfusion.training.encoding import CorpusEncoder
 from tfusion.training.parallel import check_strategy
 from tfusion.training.transfusion import TransfusionModule  # noqa: F401 (so that YAML may name it, as --help does)
+from tfusion.training.warm_start import read_checkpoint
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module divides rows among ranks itself
@@ -165,12 +164,11 @@ class TfusionCLI(LightningCLI):
     def _check_model(self) -> None:
         """Refuse a model that does not fit the data, the processes or the checkpoint."""
         self.datamodule.check_against(self.model, self.subcommand)
-        strategy, ckpt_path = self.trainer.strategy, self.config_init[self.subcommand].ckpt_path
-        check_strategy(strategy, self.trainer.world_size)
+        ckpt_path = self.config_init[self.subcommand].ckpt_path
+        check_strategy(self.trainer.strategy, self.trainer.world_size)
         self.model.ckpt_path = ckpt_path
-        if isinstance(strategy, ModelParallelStrategy) and ckpt_path:  # Lightning's loader would not say it in words
-            saved = torch.load(ckpt_path, map_location="cpu", mmap=True, weights_only=True)
-            check_state_dict(self.model.state_dict(), saved["state_dict"])
+        if ckpt_path and isinstance(self.model, TrainedModule):  # Lightning reads it when the data have been read
+            self.model.check_checkpoint(read_checkpoint(Path(ckpt_path)))
 
     before_validate = before_predict = _check_model
 
