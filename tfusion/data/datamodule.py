@@ -273,7 +273,10 @@ class MultimodalDataModule(L.LightningDataModule):
         return Concatenated([self.validation_pictures(corpus) for corpus in self.image_corpora])
 
     def sample_requests(self, num_images: int, num_captions: int, num_texts: int) -> list[Request]:
-        """Fixed requests to look at during training, from the first training pictures and held-out text."""
+        """Fixed requests to look at during training, from the first pictures and held-out text.
+
+        The pictures are those of training; where these are latents alone and some are to be captioned, held-out ones.
+        """
         defaults = self.trainer.lightning_module.generation
         reads_back = self.trainer.lightning_module.predicts_text
         requests: list[dict[str, Any]] = []
