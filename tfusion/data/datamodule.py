@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -27,8 +26,9 @@ from tfusion.data.choices import ChoiceDocument, ChoiceRows, choice_documents, r
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, Split, TextCorpus
 from tfusion.data.mixture import CaptionedDocuments, Mixture
 from tfusion.data.prompts import read_prompts
+from tfusion.data.sample_requests import requests_of_pictures, requests_of_texts
 from tfusion.data.shard_batches import ShardBatches, check_corpora, load_splits
-from tfusion.data.sources import Concatenated, has_pixels, load_split, to_pil
+from tfusion.data.sources import Concatenated, has_pixels, load_split
 from tfusion.data.steps import MicroBatches, StepDataset, StepLayout
 from tfusion.data.text_pieces import TextPieces
 from tfusion.data.validation import GIVEN_IMAGE, ValidationRows, caption_documents, text_documents
@@ -277,26 +277,13 @@ class MultimodalDataModule(L.LightningDataModule):
 
         The pictures are those of training; where these are latents alone and some are to be captioned, held-out ones.
         """
-        defaults = self.trainer.lightning_module.generation
-        reads_back = self.trainer.lightning_module.predicts_text
-        requests: list[dict[str, Any]] = []
-        if self.image_corpora:
-            pictures = self.sample_pictures() if num_captions else self.mixture.images.pictures
-            first = [pictures[i] for i in range(min(len(pictures), max(num_images, num_captions)))]
-            captions = [picture.captions[0] for picture in first[:num_images]]
-            requests += [{"segments": [c], "generate": "image", "seed": i} for i, c in enumerate(captions)]
-            requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions] if reads_back]
-        lines = (
-            line
-            for corpus in self.text_corpora
-            for text in corpus.load("val") or load_split(corpus, "train")
-            for line in text.splitlines()
-        )
-        openings = (f"{line}\n"[: max(31, self.seq_len // 4)] for line in lines if len(line) > 30)
-        openings = islice(openings, num_texts if reads_back else 0)
-        text = {"generate": "text", "temperature": 0.8, "top_p": 0.95}
-        requests += [{"segments": [opening], "seed": i, **text} for i, opening in enumerate(openings)]
-        return [parse_request(request, defaults) for request in requests]
+        module = self.trainer.lightning_module
+        images = self.mixture.images
+        pictures = self.sample_pictures() if num_captions or images is None else images.pictures
+        requests = requests_of_pictures(pictures, num_images, num_captions if module.predicts_text else 0)
+        if module.predicts_text:
+            requests += requests_of_texts(self.text_corpora, num_texts, max(31, self.seq_len // 4))
+        return [parse_request(request, module.generation) for request in requests]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Batches move, requests stay as they are (Lightning would try to rebuild the frozen dataclass)."""
