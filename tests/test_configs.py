@@ -93,7 +93,7 @@ def test_overlay(path):
         assert encodes or all(p.is_meta for p in built.model.model.parameters())
 
 
-COMMAND = re.compile(r"tfusion (fit|predict) ((?:--\S+ [^\s`]+ ?)+)")
+COMMAND = re.compile(r"tfusion (fit|predict) ((?:--[\w.]+ [\w./]+ ?)+)")
 
 
 def folder_of(arguments: str) -> str:
