@@ -28,6 +28,7 @@ from tfusion import __main__ as cli
 from tfusion.data.corpora import CaptionedImage, Split
 from tfusion.report.validation import number as shown
 from tfusion.training import run_folder
+from tfusion.training.trainer_settings import check_validation_interval
 
 SPEED = {"train/tokens_per_s", "train/images_per_s", "train/seconds"}  # the columns that a clock fills
 STEPS = 6
@@ -401,9 +402,9 @@ def test_a_terminated_run_says_so_and_can_go_on(tmp_path: Path) -> None:
 def test_refuses_validation_intervals_that_would_not_do(interval, accumulate, batches) -> None:
     config = SimpleNamespace(val_check_interval=interval, accumulate_grad_batches=accumulate, limit_val_batches=batches)
     with pytest.raises(ValueError, match="val_check_interval"):
-        cli._check_validation_interval(config)
+        check_validation_interval(config)
     config.limit_val_batches = 0
-    cli._check_validation_interval(config)  # no validation is asked for
+    check_validation_interval(config)  # no validation is asked for
 
 
 def test_only_its_own_refusals_lose_their_traceback() -> None:

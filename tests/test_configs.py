@@ -91,3 +91,33 @@ def test_overlay(path):
         built = instantiate(merged(yaml.safe_load((CONFIGS / f"{base}.yaml").read_text(encoding="utf-8")), overlay))
         encodes = isinstance(built.model, CorpusEncoder)  # which has no model of its own
         assert encodes or all(p.is_meta for p in built.model.model.parameters())
+
+
+COMMAND = re.compile(r"tfusion (fit|predict) ((?:--[\w.]+ [\w./]+ ?)+)")
+
+
+def folder_of(arguments: str) -> str:
+    """The run folder of a command's configs and options, the last word counting."""
+    root = ""
+    words = arguments.split()
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        if name == "--config" and "BASE" not in value:
+            settings = yaml.safe_load((CONFIGS.parent / value).read_text(encoding="utf-8"))
+            root = settings.get("trainer", {}).get("default_root_dir", root)
+        elif name == "--trainer.default_root_dir":
+            root = value
+    return root
+
+
+def test_caches_are_read_where_commands_write_them_and_no_other_run_is_there():
+    """The commands in headers, together: each cache that a config reads is written by one."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(CONFIGS.rglob("*.yaml"))}
+    folders = {"fit": set(), "predict": set()}
+    for text in texts.values():
+        for kind, arguments in COMMAND.findall(text):
+            if "--ckpt_path" not in arguments:  # of a trained model
+                folders[kind].add(folder_of(arguments))
+    assert folders["predict"] == {"runs/encode", "runs/encode_ids", "runs/flickr8k_latents"}
+    assert not folders["fit"] & folders["predict"]
+    read = {found for text in texts.values() for found in re.findall(r"path: (\S+)/latents\b", text)}
+    assert read == folders["predict"]

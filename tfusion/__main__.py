@@ -22,7 +22,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -42,20 +41,12 @@ from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.training import run_folder
 from tfusion.training.base import TrainedModule
 from tfusion.training.chameleon import ChameleonModule  # noqa: F401 (so that YAML may name it, as --help does)
-from tfusion.training.compatibility import check_state_dict
 from tfusion.training.encoding import CorpusEncoder
 from tfusion.training.parallel import check_strategy
+from tfusion.training.trainer_settings import TRAINER_DEFAULTS, check_trainer, check_validation_interval
 from tfusion.training.transfusion import TransfusionModule  # noqa: F401 (so that YAML may name it, as --help does)
+from tfusion.training.warm_start import read_checkpoint
 
-TRAINER_DEFAULTS = {
-    "use_distributed_sampler": False,  # the data module divides rows among ranks itself
-    "max_epochs": -1,  # the training data has no end: max_steps stops a run
-    "check_val_every_n_epoch": None,  # val_check_interval counts over the whole run
-    "gradient_clip_val": 1.0,  # the paper's
-    "num_sanity_val_steps": 0,  # the first validation must not depend on a rehearsal
-    "log_every_n_steps": 10,
-    "enable_model_summary": False,  # it would list the model twice, once as its average
-}
 RANK_ZERO_S = 10.0  # how long a refusal on another rank waits for rank 0 to say it
 
 
@@ -126,8 +117,8 @@ class TfusionCLI(LightningCLI):
             if config.ckpt_path is None:
                 raise ValueError(f"{self.subcommand} got no weights; expected --ckpt_path last, best or a path")
         elif not config.trainer.fast_dev_run:
-            _check_trainer(config.trainer)
-            _check_validation_interval(config.trainer)
+            check_trainer(config.trainer)
+            check_validation_interval(config.trainer)
             if config.ckpt_path is None:
                 run_folder.refuse_used_folder(root)
             if config.ckpt_path is None or not (root / "config.yaml").exists():
@@ -156,21 +147,22 @@ class TfusionCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Refuse what the number of processes does not allow, while there is one."""
+        """Refuse what does not fit together, while there is one process and nothing has been read."""
         self.datamodule.layout_under(self.trainer)
-        self._check_strategy()
+        self._check_model()
         if isinstance(self.model, TrainedModule) and self.model.ckpt_path is None:
             self.model.check_init_from()
 
-    def _check_strategy(self) -> None:
-        strategy, ckpt_path = self.trainer.strategy, self.config_init[self.subcommand].ckpt_path
-        check_strategy(strategy, self.trainer.world_size)
+    def _check_model(self) -> None:
+        """Refuse a model that does not fit the data, the processes or the checkpoint."""
+        self.datamodule.check_against(self.model, self.subcommand)
+        ckpt_path = self.config_init[self.subcommand].ckpt_path
+        check_strategy(self.trainer.strategy, self.trainer.world_size)
         self.model.ckpt_path = ckpt_path
-        if isinstance(strategy, ModelParallelStrategy) and ckpt_path:  # Lightning's loader would not say it in words
-            saved = torch.load(ckpt_path, map_location="cpu", mmap=True, weights_only=True)
-            check_state_dict(self.model.state_dict(), saved["state_dict"])
+        if ckpt_path and isinstance(self.model, TrainedModule):  # Lightning reads it when the data have been read
+            self.model.check_checkpoint(read_checkpoint(Path(ckpt_path)))
 
-    before_validate = before_predict = _check_strategy
+    before_validate = before_predict = _check_model
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
@@ -193,38 +185,6 @@ def _run_folder(default_root_dir: str | os.PathLike[str] | None) -> Path:
             "set it in the YAML or with --trainer.default_root_dir runs/NAME"
         )
     return Path(default_root_dir).expanduser().absolute()
-
-
-def _check_trainer(config: Any) -> None:
-    """Refuse settings of the Trainer that would do something else than they say."""
-    if config.precision not in (None, "32-true", "32", 32, "bf16-mixed"):
-        raise ValueError(f"got trainer.precision {config.precision!r}, expected 32-true or bf16-mixed")
-    if config.max_steps < 1:
-        raise ValueError("trainer.max_steps is not set: training data has no end, so say where to stop")
-    if config.limit_train_batches not in (None, 1.0) or config.overfit_batches:
-        raise ValueError(
-            "got trainer.limit_train_batches or overfit_batches, but training data has no epochs to cut short: "
-            "use trainer.max_steps"
-        )
-
-
-def _check_validation_interval(config: Any) -> None:
-    """Refuse intervals at which validation would never run, or run between micro-batches of a step."""
-    interval, accumulate = config.val_check_interval, config.accumulate_grad_batches
-    if config.limit_val_batches == 0:
-        return
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(
-            f"got trainer.val_check_interval {interval}, expected a number of batches, for training data is "
-            "endless; set it, or trainer.limit_val_batches to 0 to go without validation"
-        )
-    if interval % accumulate:
-        nearest = max(accumulate, round(interval / accumulate) * accumulate)
-        raise ValueError(
-            f"got trainer.val_check_interval {interval} with trainer.accumulate_grad_batches {accumulate}; "
-            "Lightning counts micro-batches, so it would validate in the middle of an optimizer step; "
-            f"expected a multiple, such as {nearest}"
-        )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -22,6 +22,17 @@ from tfusion.rows import Content, Sample, rotary_positions
 from tfusion.samplers import Sampler
 
 
+def check_settings(process: NoiseProcess, config: GenerationConfig) -> None:
+    """Raise ValueError for settings that a model which denoises cannot meet."""
+    Sampler(process, config.sampler, config.num_inference_steps)
+    for name in ("image_temperature", "image_top_k", "image_top_p"):
+        value = getattr(config, name)
+        if value != getattr(GenerationConfig, name):
+            raise ValueError(
+                f"got {name} {value}, which is of image ids (Chameleon); this model denoises its images: leave it out"
+            )
+
+
 class Denoiser:
     """Makes images from noise.
 
@@ -38,14 +49,7 @@ class Denoiser:
 
     def check(self, config: GenerationConfig) -> None:
         """Raise ValueError for settings that cannot be met."""
-        Sampler(self.process, config.sampler, config.num_inference_steps)
-        for name in ("image_temperature", "image_top_k", "image_top_p"):
-            value = getattr(config, name)
-            if value != getattr(GenerationConfig, name):
-                raise ValueError(
-                    f"got {name} {value}, which is of image ids (Chameleon); this model denoises its images: leave it "
-                    "out"
-                )
+        check_settings(self.process, config)
 
     def content(self, latents: Tensor) -> Content:
         """What a clean image (C, h, w) is in a row."""

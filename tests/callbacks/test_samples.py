@@ -15,15 +15,8 @@ from PIL import Image, ImageFont
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from tfusion.callbacks.samples import (
-    SampleGrid,
-    attribution_of,
-    draw_grid,
-    draw_sheet,
-    log_image,
-    true_names,
-    wrap,
-)
+from tfusion.callbacks.samples import SampleGrid, log_image, true_names
+from tfusion.callbacks.sheets import attribution_of, draw_grid, draw_sheet, wrap
 from tfusion.requests import Generation, Request
 
 RED, BLUE = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")

@@ -127,9 +127,26 @@ def test_slots_that_cannot_hold_the_share_are_refused(tiny_data, tiny_module, at
 
 
 def test_slots_that_leave_rows_of_pictures_empty_are_refused(tiny_data, tiny_module, attached) -> None:
-    """Without texts, rows are to be full of pictures, whatever image_share says."""
-    with pytest.raises(ValueError, match="max_images_per_row 2"):
+    """Without texts, rows are to be full of pictures, whatever image_share says; lowering that is no way out."""
+    with pytest.raises(
+        ValueError, match=r"max_images_per_row 2 .*100%: raise the former \(null: 10, as many as fit\)$"
+    ):
         attached(tiny_data(text_corpora=[], max_images_per_row=2, image_share=0.5), tiny_module())
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_as_many_slots_as_fit_are_enough(tiny_data, tiny_module, attached, alone: bool, caplog) -> None:
+    """Large images: one of 36 patches a row of 64, whatever image_share asks for; text fills the rest."""
+    large = corpus("large", captioned("a", "bb", "ccc", size=24), image_size=24)
+    module = tiny_module(latent_shape=(3, 24, 24))
+    settings = {"text_corpora": []} if alone else {"image_share": 0.9}
+    with caplog.at_level("INFO", "tfusion.data.building"):
+        data = attached(tiny_data(image_corpora=[large], **settings), module)
+    filled = f"fill 66 % of rows of 64, where {100 if alone else 90} % is asked for"
+    assert filled in caplog.text and ("stays empty" in caplog.text) == alone
+    batch = next(iter(data.train_dataloader()))
+    assert bool(batch.image_valid.all()) and data.mixture.shape.max_images == 1
+    assert bool((batch.document_ids >= 0).all()) != alone
 
 
 @pytest.mark.parametrize("documents", [[], ["", ""]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -196,6 +198,29 @@ def test_the_fingerprint_is_of_what_latents_mean(folder: str, tmp_path: Path) ->
     config = json.loads(Path(folder, "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
     assert VAETokenizer(str(tmp_path / "other")).fingerprint != first
+
+
+def test_a_later_diffusers_with_more_arguments_keeps_fingerprints(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = VAETokenizer(folder).fingerprint
+    own = AutoencoderKL.__init__
+
+    @functools.wraps(own)
+    def later(self, *args, in_a_later_version: int = 3, **kwargs):
+        own(self, *args, **kwargs)
+
+    signature = inspect.signature(own)
+    extra = inspect.Parameter("in_a_later_version", inspect.Parameter.KEYWORD_ONLY, default=3)
+    later.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])
+    monkeypatch.setattr(AutoencoderKL, "__init__", later)
+    assert VAETokenizer(folder).config["in_a_later_version"] == 3
+    assert VAETokenizer(folder).fingerprint == first
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads(Path(folder, "config.json").read_text())
+    notes = {"_diffusers_version": "9.9.9", "_name_or_path": "elsewhere"}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | notes))
+    assert VAETokenizer(str(tmp_path / "copy")).fingerprint == first
 
 
 @pytest.mark.parametrize("norm_type", ["group", "spatial"])

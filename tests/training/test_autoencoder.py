@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -461,6 +462,9 @@ def test_data_that_is_not_pictures_alone_is_refused(tiny_trainer, texts) -> None
     ):
         with pytest.raises(ValueError, match=message):
             tiny_trainer(1).fit(module_of("kl"), data_of(**settings))
+    cached = SimpleNamespace(name="cached", image_size=8, codebook_size=None)  # as tfusion.data.Latents
+    with pytest.raises(ValueError, match="corpus 'cached' holds latents; an autoencoder learns from pictures"):
+        tiny_trainer(1).fit(module_of("kl"), data_of(image_corpora=[cached]))
 
 
 def test_pictures_of_another_size_are_refused(tiny_trainer) -> None:

@@ -273,6 +273,8 @@ def test_settings_of_ids_are_refused_where_images_are_denoised(tiny_module, byte
     for name, value in (("image_temperature", 0.5), ("image_top_k", 3), ("image_top_p", 0.9)):
         with pytest.raises(ValueError, match=f"got {name} {value}, which is of image ids"):
             module.generate([{"segments": ["a"], "generate": "image", name: value}])
+        with pytest.raises(ValueError, match=f"got {name} {value}, which is of image ids"):
+            tiny_module(generation=GenerationConfig(**{name: value}))
 
 
 def test_learns_pictures_and_names(tiny_chameleon, tiny_data, tiny_trainer):

@@ -8,15 +8,15 @@ import torch
 from tfusion.callbacks.samples import SampleGrid
 from tfusion.requests import GenerationConfig
 
-MESSAGE = r"guidance_scale 3.0, but training with data.caption_drop 0 shows no picture without its caption"
+MESSAGE = r"guidance_scale 3.0, but training with data.caption_drop 0, or with data.caption_first 0, shows no picture"
 IMAGE = {"segments": ["red"], "generate": "image", "num_inference_steps": 2}
 GUIDED = GenerationConfig(num_inference_steps=2, guidance_scale=3.0, max_new_tokens=4)
 
 
-def fit(tiny_module, tiny_data, tiny_trainer, tmp_path, drop: float, generation: GenerationConfig | None = None):
+def fit(tiny_module, tiny_data, tiny_trainer, tmp_path, drop: float, first: float = 0.5):
     """A checkpoint of a module trained with so much caption drop."""
-    module, trainer = tiny_module(generation=generation), tiny_trainer(1)
-    trainer.fit(module, tiny_data(caption_drop=drop))
+    module, trainer = tiny_module(), tiny_trainer(1)
+    trainer.fit(module, tiny_data(caption_first=first, caption_drop=drop))
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
     return torch.load(tmp_path / "saved.ckpt", weights_only=True)
 
@@ -30,8 +30,11 @@ def loaded(tiny_module, state, generation: GenerationConfig | None = None):
     return module
 
 
-def test_guidance_is_refused_where_no_caption_was_dropped(tiny_module, tiny_data, tiny_trainer, tmp_path) -> None:
-    state = fit(tiny_module, tiny_data, tiny_trainer, tmp_path, drop=0.0)
+@pytest.mark.parametrize("shares", [{"drop": 0.0}, {"drop": 0.1, "first": 0.0}])
+def test_guidance_is_refused_where_no_caption_was_dropped(
+    tiny_module, tiny_data, tiny_trainer, tmp_path, shares
+) -> None:
+    state = fit(tiny_module, tiny_data, tiny_trainer, tmp_path, **shares)
     assert state["caption_drop"] == 0.0
     module = loaded(tiny_module, state)
     for generate in ("image", "any"):
@@ -48,7 +51,7 @@ def test_guidance_goes_where_captions_were_dropped_or_nobody_knows(
     tiny_module, tiny_data, tiny_trainer, tmp_path
 ) -> None:
     state = fit(tiny_module, tiny_data, tiny_trainer, tmp_path, drop=0.1)
-    assert state["caption_drop"] == 0.1
+    assert state["caption_drop"] == 0.05
     assert len(loaded(tiny_module, state).generate([IMAGE | {"guidance_scale": 3.0}])) == 1
     del state["caption_drop"]  # an older checkpoint
     assert len(loaded(tiny_module, state).generate([IMAGE | {"guidance_scale": 3.0}])) == 1

@@ -140,6 +140,7 @@ def test_several_processes_and_data_that_it_cannot_read_are_refused_in_validate_
     ]:
         module._trainer = SimpleNamespace(datamodule=data(**settings), world_size=world_size, accumulate_grad_batches=1)
         with pytest.raises(ValueError, match=message):
+            module.check_data(module.trainer.datamodule)
             module.setup("validate")
 
 

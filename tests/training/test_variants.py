@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.conftest import BYTES_VOCAB_SIZE, IMAGE_SIZE, TinyPictures, TinyTexts
 from tests.training.processes import run_ranks
+from tests.training.test_equivalence import differences
 from tests.training.test_parallel import trainer_of
 from tfusion.callbacks.ema import EMA
 from tfusion.data.datamodule import MultimodalDataModule
@@ -112,9 +113,19 @@ def test_bf16_mixed_is_finite_and_recomputing_changes_nothing(name: str, tmp_pat
     assert mixed.rows != whole.rows
 
 
-@pytest.mark.parametrize("name", ["unet", "text alone", "images alone"])
-def test_flops_are_those_of_the_steps_however_divided(name: str, tmp_path: Path) -> None:
-    """Micro-batches and a resume change none; steps between logs are counted, too."""
+LOSSES = ("train/loss", "train/text_loss", "train/diffusion_loss")
+
+
+def losses_of(rows: list[dict[str, float]]) -> list[list[float]]:
+    return [[row[key] for key in LOSSES if key in row] for row in rows]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_micro_batches_and_a_resume_change_nothing(name: str, tmp_path: Path) -> None:
+    """Losses of micro-batches to 1e-5; of a resume from the middle losses and state to the bit; FLOPs are counted.
+
+    FLOPs are those of the steps, however divided; steps between logs are counted, too.
+    """
     recorder, module = fit(tmp_path, **VARIANTS[name])
     slots = 0 if name == "text alone" else module.step_shape[2]
     a_step = training_flops(module.model, 4, 64, 0, slots)
@@ -126,9 +137,17 @@ def test_flops_are_those_of_the_steps_however_divided(name: str, tmp_path: Path)
         labels += int(count)
         assert row["train/flops"] == step * a_step + labels * a_label
     half = STEPS // 2
-    fit(tmp_path, stop=half, accumulate=2, **VARIANTS[name])
+    first, _ = fit(tmp_path, stop=half, accumulate=2, **VARIANTS[name])
     rest, _ = fit(tmp_path, resume=tmp_path / "half.ckpt", accumulate=4, **VARIANTS[name])
-    assert [r["train/flops"] for r in rest.rows] == [r["train/flops"] for r in recorder.rows[half:]]
+    divided = first.rows + rest.rows
+    assert [r["train/flops"] for r in divided] == [r["train/flops"] for r in recorder.rows]
+    for ours, theirs in zip(losses_of(divided), losses_of(recorder.rows), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    fit(tmp_path, stop=half, **VARIANTS[name])
+    rest, again = fit(tmp_path, resume=tmp_path / "half.ckpt", **VARIANTS[name])
+    assert losses_of(rest.rows) == losses_of(recorder.rows[half:])
+    assert differences(again.state_dict(), module.state_dict()) == []
+    assert differences(again.optimizers().state_dict(), module.optimizers().state_dict()) == []
 
 
 def all_of_a_rank(root: Path) -> None:

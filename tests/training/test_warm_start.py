@@ -203,6 +203,25 @@ def test_from_text_alone_to_a_transfusion(tmp_path: Path) -> None:
     assert not (tmp_path / "new" / "metrics.csv").exists()
 
 
+def test_a_trainer_that_is_told_its_checkpoint_needs_the_first_run_no_more(
+    tiny_module, tiny_data, tiny_trainer, text_only: Path, tmp_path: Path
+) -> None:
+    """Lightning tells a module of `fit(ckpt_path=...)` after data are set up, of `trainer.ckpt_path` before."""
+    init_from = InitFrom(str(text_only), ADAPTERS)
+    trainer = tiny_trainer(1)
+    trainer.fit(tiny_module(init_from=init_from), tiny_data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    text_only.unlink()
+    trainer = tiny_trainer(2)
+    trainer.ckpt_path = tmp_path / "one.ckpt"
+    trainer.fit(tiny_module(init_from=init_from), tiny_data(), weights_only=True)
+    assert trainer.global_step == 2
+    trainer = tiny_trainer(1)
+    trainer._checkpoint_connector._ckpt_path = tmp_path / "one.ckpt"  # as a resume has left it
+    with pytest.raises(ValueError, match="has resumed another fit before"):
+        trainer.fit(tiny_module(init_from=init_from), tiny_data())
+
+
 # Two processes
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tfusion.__main__ import TfusionCLI, run
 from tfusion.bench.data_report import check, spread
-from tfusion.callbacks.samples import attribution_of, draw_grid
+from tfusion.callbacks.sheets import attribution_of, draw_grid
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.data.sources import has_pixels, to_pil
 from tfusion.training.base import TrainedModule

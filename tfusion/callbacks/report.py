@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 import tfusion
-from tfusion.callbacks.samples import attribution_of
+from tfusion.callbacks.sheets import attribution_of
 from tfusion.metrics.measurement import Findings, Measurement
 from tfusion.report.curves import read_curves
 from tfusion.report.page import render

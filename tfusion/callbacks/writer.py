@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image as PILImage
 
-from tfusion.callbacks.samples import attribution_of, draw_sheet
+from tfusion.callbacks.sheets import attribution_of, draw_sheet
 from tfusion.requests import Generation
 from tfusion.training.encoding import CorpusEncoder
 

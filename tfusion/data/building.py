@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,8 @@ from tfusion.data.corpora import CaptionedImage, ImageCorpus, TextCorpus
 from tfusion.data.sources import Concatenated, captions_of, load_split
 from tfusion.sequence import RowShape
 from tfusion.tokenizers.text import TextTokenizer
+
+log = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 10_000  # pictures of all corpora whose captions a tokenizer is trained on
 BYTES_FOR_TOKENIZER = 50_000_000  # of all texts; more change little
@@ -104,7 +107,7 @@ def row_shape(
             f"pictures of {image_size} x {image_size} become latents of {latents}, the model's latent_shape is "
             f"{sizes.latent_shape}: make them equal"
         )
-    most = seq_len // (sizes.num_patches + 2)
+    most = most_images(seq_len, sizes.num_patches)
     if image_size is not None and most == 0:
         raise ValueError(
             f"data.seq_len {seq_len} is shorter than one image of {sizes.num_patches} patches and its "
@@ -135,9 +138,12 @@ def drop_long_captions(
 
 
 def check_rows(
-    shape: RowShape, pictures: Sequence[CaptionedImage], tokenizer: TextTokenizer, image_share: float
+    shape: RowShape, pictures: Sequence[CaptionedImage], tokenizer: TextTokenizer, image_share: float, alone: bool
 ) -> None:
-    """The first thousand image documents fit a row, and the slots can hold the share of images."""
+    """The first thousand image documents fit a row, and fewer slots than fit can hold the share of images.
+
+    As many as fit are as good as it gets: text fills the rest of a row, or, where pictures are `alone`, nothing.
+    """
     first = first_captions(pictures, 1000)
     longest = [max(map(len, tokenizer.encode_batch(captions))) for captions in first]
     lengths = [length + shape.num_patches + 4 for length in longest]  # BOS, BOI, EOI, EOS
@@ -146,9 +152,23 @@ def check_rows(
             f"an image document takes {max(lengths)} positions, data.seq_len is {shape.seq_len}: "
             f"raise it to at least {max(lengths)}, or take larger patches"
         )
-    reach = shape.max_images * sum(lengths) / len(lengths) / shape.seq_len
-    if reach < 0.9 * image_share:
+    mean, most = sum(lengths) / len(lengths), most_images(shape.seq_len, shape.num_patches)
+    if shape.max_images < most and shape.max_images * mean / shape.seq_len < 0.9 * image_share:
+        lower = "" if alone else ", or lower the latter"
         raise ValueError(
-            f"data.max_images_per_row {shape.max_images} fills about {reach:.0%} of a row, data.image_share asks "
-            f"for {image_share:.0%}: raise the former or lower the latter"
+            f"data.max_images_per_row {shape.max_images} fills about {shape.max_images * mean / shape.seq_len:.0%} of "
+            f"a row, data.image_share asks for {image_share:.0%}: raise the former (null: {most}, as many as "
+            f"fit){lower}"
         )
+    reached = max(1, min(shape.max_images, shape.seq_len // mean)) * mean / shape.seq_len  # documents are whole
+    if reached < 0.9 * image_share:
+        log.info(
+            "image documents of about %d positions fill %.0f %% of rows of %d, where %.0f %% is asked for; %s",
+            *(mean, 100 * reached, shape.seq_len, 100 * image_share),
+            "the rest stays empty" if alone else "text fills the rest",
+        )
+
+
+def most_images(seq_len: int, num_patches: int) -> int:
+    """As many images with their markers as fit a row."""
+    return seq_len // (num_patches + 2)

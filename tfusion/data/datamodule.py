@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 from collections.abc import Sequence
-from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -23,15 +20,15 @@ from tfusion.data.building import (
     drop_long_captions,
     load_texts,
     make_tokenizer,
-    row_shape,
 )
+from tfusion.data.checks import check_settings, row_for
 from tfusion.data.choices import ChoiceDocument, ChoiceRows, choice_documents, read_choices
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, Split, TextCorpus
-from tfusion.data.encoded import check_latents, check_not_mixed
 from tfusion.data.mixture import CaptionedDocuments, Mixture
 from tfusion.data.prompts import read_prompts
+from tfusion.data.sample_requests import requests_of_pictures, requests_of_texts
 from tfusion.data.shard_batches import ShardBatches, check_corpora, load_splits
-from tfusion.data.sources import Concatenated, has_pixels, load_split, to_pil
+from tfusion.data.sources import Concatenated, has_pixels, load_split
 from tfusion.data.steps import MicroBatches, StepDataset, StepLayout
 from tfusion.data.text_pieces import TextPieces
 from tfusion.data.validation import GIVEN_IMAGE, ValidationRows, caption_documents, text_documents
@@ -109,7 +106,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self.max_bad_share = max_bad_share
         self.prompts, self.predict_batch_size = prompts, predict_batch_size
         self.choices = dict(choices or {})
-        self._check_arguments()
+        check_settings(self)
         self.questions = {name: read_choices(path) for name, path in self.choices.items()}
         self._choice_documents: dict[str, list[ChoiceDocument]] = {}
         self.tokenizer: TextTokenizer | None = None
@@ -120,46 +117,6 @@ class MultimodalDataModule(L.LightningDataModule):
         self.val_views: list[str] = []
         self.splits: dict[Split, Sequence[CaptionedImage]] = {}  # while a corpus is encoded
         self.step, self.positions = 0, {}  # of the data: committed when a whole step has been consumed
-
-    def _check_arguments(self) -> None:
-        for name in ("image_share", "caption_first", "caption_drop", "image_first_noise_limit", "max_bad_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}, expected a share between 0 and 1")
-        for name in (
-            "seq_len",
-            "rows_per_step",
-            "lanes",
-            "val_rows",
-            "max_val_images",
-            "max_val_characters",
-            "predict_batch_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}, expected a whole number >= 1")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers is {self.num_workers}, expected a whole number >= 0")
-        if not self.image_corpora and not self.text_corpora:
-            raise ValueError("no corpus: give data.image_corpora, data.text_corpora or both")
-        if self.image_corpora and self.image_share == 0:
-            raise ValueError("data.image_share is 0 with image corpora: raise it, or leave out data.image_corpora")
-        check_not_mixed(self.image_corpora)
-        sizes = {corpus.name: corpus.image_size for corpus in self.image_corpora}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"image corpora of several sizes {sizes}: give all the same image_size")
-        names = [corpus.name for corpus in self.image_corpora + self.text_corpora]
-        if len(set(names)) < len(names):
-            raise ValueError(f"corpora of the same name in {names}: their metrics could not be told apart")
-        if shared := set(names) & set(self.choices):
-            raise ValueError(f"data.choices has the names {sorted(shared)}, which are corpora's: give others")
-        for kind in ("image", "text"):
-            weights, number = getattr(self, f"{kind}_weights"), len(getattr(self, f"{kind}_corpora"))
-            if weights is not None and (len(weights) != number or not all(0 < weight < math.inf for weight in weights)):
-                raise ValueError(
-                    f"data.{kind}_weights is {list(weights)} for {number} {kind} corpora: expected one number "
-                    "above 0 for each"
-                )
-        if self.prompts is not None and not os.path.isfile(self.prompts):
-            raise ValueError(f"data.prompts is {self.prompts!r}, which is no file: give the path of a prompts.jsonl")
 
     def setup(self, stage: str) -> None:
         """Load corpora, tokenizer and prompts; check them against the model, before any time is spent."""
@@ -196,6 +153,24 @@ class MultimodalDataModule(L.LightningDataModule):
         accumulate, ranks, rank = trainer.accumulate_grad_batches, trainer.world_size, trainer.global_rank
         return StepLayout(self.rows_per_step, self.lanes, accumulate, ranks, rank, self.num_workers)
 
+    def check_against(self, module: Any, stage: str) -> None:
+        """Check the settings against a model's, before anything is read: of `fit`, `validate` or `predict`.
+
+        The module is asked first (`check_data(datamodule)`, where it has that), for it knows best what it cannot use.
+
+        Raises:
+            ValueError: they do not fit each other.
+        """
+        encodes = hasattr(module, "own_shards")
+        if stage == "predict" and not encodes:
+            return  # requests need no corpus
+        if encodes:
+            check_corpora(self.image_corpora, self.text_corpora)
+        if hasattr(module, "check_data"):
+            module.check_data(self)
+        if not encodes:
+            row_for(self, module)
+
     def _prepare_predict(self) -> None:
         if self._encodes:
             corpus = check_corpora(self.image_corpora, self.text_corpora)
@@ -214,27 +189,26 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read corpora of files into the cache, in one process of a machine; the others then map it."""
+        self.check_against(self.trainer.lightning_module, self.trainer.state.fn)
         for corpus in self.image_corpora + self.text_corpora:
             if hasattr(corpus, "prepare") and (self.trainer.state.fn != "predict" or self._encodes):
                 corpus.prepare()
 
     def prepare_mixture(self, module: Sizes) -> None:
         """Load the training data and check it against a model, before any time is spent."""
-        corpora = self.image_corpora + self.text_corpora
-        encoded = check_latents(self.image_corpora, module.image_tokenizer)
+        self.check_against(module, "fit")
+        shape = row_for(self, module)
         self._measured_pictures = {}
-        self.bad_records = count_bad_records(corpora, self.max_bad_share)
+        self.bad_records = count_bad_records(self.image_corpora + self.text_corpora, self.max_bad_share)
         texts = load_texts(self.text_corpora)
         pictures = Concatenated([load_split(corpus, "train") for corpus in self.image_corpora])
         # of weights that have been loaded, or made here
         self.tokenizer = module.text_tokenizer or make_tokenizer(self.tokenizer_file, texts, pictures, self.vocab_size)
         check_vocab_size(self.tokenizer, module.model_vocab_size)
-        size = self.image_corpora[0].image_size if self.image_corpora else None
-        shape = row_shape(self.seq_len, size, self.max_images_per_row, module, encoded)
         share, images = self.image_share if texts else 1.0, None
         if self.image_corpora:
             pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
-            check_rows(shape, pictures, self.tokenizer, share)
+            check_rows(shape, pictures, self.tokenizer, share, alone=not texts)
             chances = (self.caption_first, self.caption_drop, self.image_first_noise_limit)
             images = CaptionedDocuments(pictures, self.tokenizer, self.seed, *chances, self.image_weights)
         piece_bytes = max(2048, 4 * self.seq_len)
@@ -299,27 +273,17 @@ class MultimodalDataModule(L.LightningDataModule):
         return Concatenated([self.validation_pictures(corpus) for corpus in self.image_corpora])
 
     def sample_requests(self, num_images: int, num_captions: int, num_texts: int) -> list[Request]:
-        """Fixed requests to look at during training, from the first training pictures and held-out text."""
-        defaults = self.trainer.lightning_module.generation
-        reads_back = self.trainer.lightning_module.predicts_text
-        requests: list[dict[str, Any]] = []
-        if self.image_corpora:
-            pictures = self.sample_pictures() if num_captions else self.mixture.images.pictures
-            first = [pictures[i] for i in range(min(len(pictures), max(num_images, num_captions)))]
-            captions = [picture.captions[0] for picture in first[:num_images]]
-            requests += [{"segments": [c], "generate": "image", "seed": i} for i, c in enumerate(captions)]
-            requests += [{"segments": [to_pil(p)], "generate": "text"} for p in first[:num_captions] if reads_back]
-        lines = (
-            line
-            for corpus in self.text_corpora
-            for text in corpus.load("val") or load_split(corpus, "train")
-            for line in text.splitlines()
-        )
-        openings = (f"{line}\n"[: max(31, self.seq_len // 4)] for line in lines if len(line) > 30)
-        openings = islice(openings, num_texts if reads_back else 0)
-        text = {"generate": "text", "temperature": 0.8, "top_p": 0.95}
-        requests += [{"segments": [opening], "seed": i, **text} for i, opening in enumerate(openings)]
-        return [parse_request(request, defaults) for request in requests]
+        """Fixed requests to look at during training, from the first pictures and held-out text.
+
+        The pictures are those of training; where these are latents alone and some are to be captioned, held-out ones.
+        """
+        module = self.trainer.lightning_module
+        images = self.mixture.images
+        pictures = self.sample_pictures() if num_captions or images is None else images.pictures
+        requests = requests_of_pictures(pictures, num_images, num_captions if module.predicts_text else 0)
+        if module.predicts_text:
+            requests += requests_of_texts(self.text_corpora, num_texts, max(31, self.seq_len // 4))
+        return [parse_request(request, module.generation) for request in requests]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Batches move, requests stay as they are (Lightning would try to rebuild the frozen dataclass)."""

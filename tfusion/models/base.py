@@ -5,7 +5,7 @@ Parameters are made on the meta device and filled once, by `materialize`; each i
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class MultimodalModel(nn.Module):
     transformer: Transformer
 
     predicts_text = True
+    latent_parts: ClassVar[tuple[str, ...]] = ()  # that mean the latents of one image tokenizer
 
     def seen_together(self, image_ids: Tensor) -> Tensor:
         """(B, T) image ids as the mask wants them: none where attention inside an image is causal."""

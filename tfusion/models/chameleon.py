@@ -2,7 +2,8 @@
 
 An image is the P ids that a vector-quantised autoencoder gives it, and the next id is predicted, whatever it is of:
 image id c stands at V + c of one embedding and one head, and all attention is causal. Packing, rows and trunk are
-Transfusion's; so are its names, and its weights fit where the parts below are off.
+Transfusion's, and the trunk's names, so that its weights fit where the parts below are off; embedding and head have V
++ K rows in place of V, and the head is called `head`.
 
 What holds it stable, each to be switched: norms of queries and keys (RMSNorm here, LayerNorm there), norms behind
 attention and feed-forward (§2.3); the z-loss is the trainer's.
@@ -45,6 +46,8 @@ class Chameleon(MultimodalModel):
     Raises:
         ValueError: sizes that do not divide, or a latent_shape of other than one channel.
     """
+
+    latent_parts = ("embedding", "head")
 
     def __init__(
         self,

@@ -59,6 +59,8 @@ class Transfusion(MultimodalModel):
         ValueError: sizes that do not divide, or a model that predicts nothing.
     """
 
+    latent_parts = ("patch_encoder", "patch_decoder")
+
     def __init__(
         self,
         vocab_size: int,

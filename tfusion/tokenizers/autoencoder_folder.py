@@ -13,8 +13,8 @@ import torch
 TOKENIZERS = {"AutoencoderKL": "VAETokenizer", "VQModel": "VQTokenizer"}  # by the kind that they read
 
 
-def load_config(path: str, subfolder: str | None, kind: str) -> dict[str, Any]:
-    """The constructor's arguments of the autoencoder in a folder or on the Hugging Face hub.
+def load_config(path: str, subfolder: str | None, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constructor's arguments of the autoencoder in a folder or on the Hugging Face hub, and its config.json.
 
     Args:
         path, subfolder: where it is.
@@ -44,10 +44,10 @@ def load_config(path: str, subfolder: str | None, kind: str) -> dict[str, Any]:
         )
     # What an older config does not say is the constructor's default, as when the weights are loaded.
     defaults = {name: argument.default for name, argument in inspect.signature(network).parameters.items()}
-    config = defaults | network.extract_init_dict(config)[0]
-    if config["in_channels"] != 3 or config["out_channels"] != 3:
-        raise ValueError(f"{str(folder)!r} works on {config['in_channels']} image channels, expected 3 (RGB)")
-    return config
+    arguments = defaults | network.extract_init_dict(config)[0]
+    if arguments["in_channels"] != 3 or arguments["out_channels"] != 3:
+        raise ValueError(f"{str(folder)!r} works on {arguments['in_channels']} image channels, expected 3 (RGB)")
+    return arguments, config
 
 
 def load_frozen(path: str, subfolder: str | None, kind: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -58,7 +58,11 @@ def load_frozen(path: str, subfolder: str | None, kind: str, dtype: torch.dtype)
 
 
 def fingerprint_of(path: str, subfolder: str | None, config: dict[str, Any]) -> str:
-    """16 characters of the sha256 of the configuration and of the weights' files, in the order of their names."""
+    """16 characters of the sha256 of config.json and of the weights' files, in the order of their names.
+
+    Of what the file says, not of the constructor's arguments: another diffusers may have more of these. Names that
+    begin with an underscore (`_diffusers_version`, `_name_or_path`) are notes, which change nothing.
+    """
     if Path(path).exists():
         folder = Path(path, subfolder or "")
     else:
@@ -67,7 +71,8 @@ def fingerprint_of(path: str, subfolder: str | None, config: dict[str, Any]) -> 
         prefix = f"{subfolder}/" if subfolder else ""
         names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
         folder = Path(snapshot_download(path, allow_patterns=[prefix + name for name in names]), subfolder or "")
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+    said = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=list).encode())
     # the same order of preference as from_pretrained's
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         with file.open("rb") as weights:

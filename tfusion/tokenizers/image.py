@@ -98,7 +98,7 @@ class AutoencoderTokenizer(ImageTokenizer):
             raise ValueError(f"got chunk_size {chunk_size}, expected at least 1 image")
         self.path, self.subfolder, self.chunk_size = path, subfolder, chunk_size
         self.dtype = getattr(torch, dtype)
-        self.config = load_config(path, subfolder, self.kind)
+        self.config, self._said = load_config(path, subfolder, self.kind)  # of the network; of config.json
         self.factor = 2 ** (len(self.config["block_out_channels"]) - 1)  # pixels a latent position, each side
         self._network: Any = None
         self._device: torch.device | None = None
@@ -118,8 +118,8 @@ class AutoencoderTokenizer(ImageTokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the configuration and of the weights' bytes; not of `dtype`, which only rounds. Reads the weights once."""
-        return fingerprint_of(self.path, self.subfolder, self.config)
+        """Of config.json and of the weights' bytes; not of `dtype`, which only rounds. Reads the weights once."""
+        return fingerprint_of(self.path, self.subfolder, self._said)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, image_size / factor, image_size / factor); an error names the nearest sizes that fit."""

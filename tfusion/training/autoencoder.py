@@ -88,15 +88,23 @@ class AutoencoderModule(TrainedModule):
         model = self.model
         return {"kind": model.kind, "image_size": model.image_size, "norm_num_groups": model.norm_num_groups}
 
-    def setup(self, stage: str) -> None:
-        """Refuse data that is not pictures alone, and weights in shards."""
-        data = self.trainer.datamodule
+    def check_data(self, data: Any) -> None:
+        """Refuse data that is not pictures alone."""
         if data.text_corpora or data.choices or not data.image_corpora:
             raise ValueError("an autoencoder learns from pictures alone: leave out data.text_corpora and data.choices")
+        for corpus in data.image_corpora:
+            if hasattr(corpus, "codebook_size"):  # of latents or ids out of a cache
+                raise ValueError(
+                    f"the corpus {corpus.name!r} holds latents; an autoencoder learns from pictures: give the corpus "
+                    "that was encoded"
+                )
         if data.image_first_noise_limit == 0:
             raise ValueError(
                 "got data.image_first_noise_limit 0, which says that such pictures have no loss: leave it out"
             )
+
+    def setup(self, stage: str) -> None:
+        """Refuse weights in shards."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError("got FSDP2; an autoencoder is small: train it on one device or with DDP")
 

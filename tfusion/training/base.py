@@ -20,6 +20,7 @@ from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, TextTokenizer
 from tfusion.training.compatibility import (
     check_architecture,
+    check_image_tokenizer,
     check_state_dict,
     name_optimizer_state,
     number_optimizer_state,
@@ -70,6 +71,7 @@ class TrainedModule(L.LightningModule):
         self.seed, self.init_from = seed, init_from
         self.ckpt_path: str | None = None  # what this command goes on from; the command line says it
         self._warm_start: WarmStart | None = None  # until its weights are filled in
+        self._resumes = False  # from a checkpoint, in place of the warm start
         self._caption_drop: float | None = None  # of the checkpoint
         self.text_tokenizer: TextTokenizer | None = None  # of the checkpoint, else the datamodule's
         self.latest_metrics: dict[str, float] = {}  # last logged, for the progress bar
@@ -93,12 +95,19 @@ class TrainedModule(L.LightningModule):
         return self.model if self.ema_model is None else self.ema_model
 
     @property
+    def image_fingerprint(self) -> str | None:
+        """Of the image tokenizer, whose latents the weights mean; None where the model has no images."""
+        return self.image_tokenizer.fingerprint
+
+    @property
     def caption_drop(self) -> float | None:
-        """Share of captions that training drops or has dropped; None where that is not known, or there are none."""
+        """Share of pictures that training shows or has shown without their caption, in front of which they stand;
+        None where that is not known, or there are none.
+        """
         if self._trainer is None or self.trainer.state.fn != "fit":
             return self._caption_drop
         data = self.trainer.datamodule
-        return data.caption_drop if getattr(data, "image_corpora", None) else None
+        return data.caption_first * data.caption_drop if getattr(data, "image_corpora", None) else None
 
     def architecture(self) -> dict[str, Any]:
         """What weights depend on and their shapes do not show."""
@@ -113,25 +122,31 @@ class TrainedModule(L.LightningModule):
             ValueError: `init_from` names no checkpoint that fits.
         """
         if self.init_from is not None and self._warm_start is None:
-            sizes = (self.architecture(), self.model_vocab_size)
+            tokenizer = None if self.image_fingerprint is None else self.image_tokenizer
+            sizes = (self.architecture(), self.model_vocab_size, tokenizer)
             self._warm_start = WarmStart(self.init_from, self.model, *sizes)
             self.text_tokenizer = self._warm_start.text_tokenizer
 
     def take_text_tokenizer(self) -> None:
         """Of a run with `init_from`: take the tokenizer of the weights to come, before data are set up with it.
 
-        A command with `--ckpt_path` takes that checkpoint's, and needs the other run no more.
+        A command with `--ckpt_path` takes that checkpoint's, and needs the other run no more. From Python Lightning
+        tells a module of `fit(ckpt_path=...)` too late: set `trainer.ckpt_path` instead, and call `fit` without.
         """
         if self._materialized:
             return
-        if self.ckpt_path is not None:
-            saved = read_checkpoint(Path(self.ckpt_path))
+        ckpt_path = self.ckpt_path or self.trainer.ckpt_path
+        self._resumes = ckpt_path is not None
+        if self._resumes:
+            saved = read_checkpoint(Path(ckpt_path))
             self.text_tokenizer = TextTokenizer.from_json(saved["text_tokenizer"])
         elif self.trainer.state.fn == "fit":
             self.check_init_from()
 
     def _fill_from_warm_start(self) -> None:
         """At a fresh fit's first step: training and averaged weights both are those of the other run."""
+        if self._resumes and self.trainer.ckpt_path is None:
+            raise ValueError("this Trainer has resumed another fit before, which hid init_from: give a fresh Trainer")
         if self._warm_start is not None and self.trainer.ckpt_path is None:
             self._warm_start.fill([self.model] if self.ema_model is None else [self.model, self.ema_model])
             if self.trainer.is_global_zero:
@@ -153,7 +168,8 @@ class TrainedModule(L.LightningModule):
         """Model FLOPs from step 0: steps are of one shape, labels are counted; waits for the device.
 
         Neither the layout nor a resume changes it. Image slots count empty or not, for they run; labels without the
-        padding of N.
+        padding of N. Checkpoints that do not say how many labels there were (older ones) count 0: after a resume from
+        one, the heads' FLOPs are those since.
         """
         a_step = self.training_flops(self.step_shape[0], self.step_shape[1], 0, self.step_shape[2])
         return self.trainer.global_step * a_step + self.training_flops(0, 0, int(self.labels_seen), 0)
@@ -215,16 +231,23 @@ class TrainedModule(L.LightningModule):
         checkpoint["text_tokenizer"] = self._text_tokenizer().to_json()
         checkpoint["architecture"] = self.architecture()
         checkpoint["caption_drop"] = self.caption_drop
+        checkpoint["image_tokenizer"] = self.image_fingerprint
         checkpoint["labels_seen"] = int(self.labels_seen)
         name_optimizer_state(checkpoint, self._optimizer_names())
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokenizer; refuse the weights of another architecture in words."""
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError for weights of another architecture or image tokenizer."""
         if "state_dict" in checkpoint:  # Lightning's FSDP2 has already loaded it, and the optimizer
             check_state_dict(self.state_dict(), checkpoint["state_dict"])
         if "text_tokenizer" not in checkpoint:
             raise ValueError("the checkpoint has no text tokenizer: give one that `tfusion fit` wrote")
         check_architecture(self.architecture(), checkpoint["architecture"])
+        if self.image_fingerprint is not None:
+            check_image_tokenizer(self.image_tokenizer, checkpoint.get("image_tokenizer"))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the tokenizer; refuse weights that do not fit in words."""
+        self.check_checkpoint(checkpoint)
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
         self._caption_drop = checkpoint.get("caption_drop")  # older ones do not say
         self.labels_seen = checkpoint.get("labels_seen", 0)  # older checkpoints counted none

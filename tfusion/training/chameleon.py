@@ -75,9 +75,9 @@ class ChameleonModule(MultimodalModule):
             check_codebook(model, image_tokenizer, f"the image_tokenizer {type(image_tokenizer).__name__}")
         check_settings(self.generation)
 
-    def setup(self, stage: str) -> None:
-        """Refuse pictures without a tokenizer, and ids of another codebook out of a cache."""
-        for corpus in getattr(self.trainer.datamodule, "image_corpora", None) or []:
+    def check_data(self, data: Any) -> None:
+        """Refuse pictures without a tokenizer, ids of another codebook out of a cache, and half-noised images."""
+        for corpus in data.image_corpora:
             if not self.predicts_images:
                 raise ValueError(
                     f"got the image corpus {corpus.name!r} and no image_tokenizer: give Chameleon the VQTokenizer that "
@@ -85,6 +85,12 @@ class ChameleonModule(MultimodalModule):
                 )
             if hasattr(corpus, "codebook_size"):  # of latents or ids out of a cache
                 check_codebook(self.model, corpus, f"the corpus {corpus.name!r}")
+        limit = data.image_first_noise_limit
+        if data.image_corpora and limit not in (0, 1):
+            raise ValueError(
+                f"got data.image_first_noise_limit {limit}, but Chameleon's images are ids, without noise: set it to 1 "
+                "(images before their caption are predicted, too) or 0 (they are given)"
+            )
 
     def architecture(self) -> dict[str, Any]:
         """What weights depend on and their shapes do not show."""

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from tfusion.diffusion import NoiseProcess
 from tfusion.models.transfusion import Transfusion
+from tfusion.tokenizers import ImageTokenizer
+
+# What a model has that does not say it: older ones could choose nothing else, some have no such choice.
+UNSAID = {"norm_order": "pre", "image_attention": "bidirectional", "adapter": "linear"}
 
 
 def recount_micro_batches(checkpoint: dict[str, Any], micro_batches: int) -> None:
@@ -42,10 +46,7 @@ def check_state_dict(expected: dict[str, Tensor], found: dict[str, Tensor]) -> N
 
 def check_architecture(expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise ValueError, naming what differs, where settings that shapes do not show are not the same."""
-    found = {
-        "image_attention": "bidirectional",
-        "adapter": "linear",
-    } | found  # older checkpoints do not say what was not to be chosen
+    found = UNSAID | found
     problems = [
         f"{name} is {found.get(name)!r}, the configured model has {value!r}"
         for name, value in expected.items()
@@ -53,6 +54,22 @@ def check_architecture(expected: dict[str, Any], found: dict[str, Any]) -> None:
     ]
     if problems:
         raise ValueError(f"the checkpoint is of another model: {'; '.join(problems)}. Use the config.yaml of its run")
+
+
+def check_image_tokenizer(tokenizer: ImageTokenizer, found: str | None) -> None:
+    """Raise ValueError unless it is the one of this fingerprint; None: there was none, or an older checkpoint."""
+    if found is not None and found != tokenizer.fingerprint:
+        raise ValueError(
+            f"the checkpoint was trained with the image tokenizer {found!r}, the configured one is "
+            f"{description_of(tokenizer)}; the latents of one mean nothing to the other: give image_tokenizer the "
+            "autoencoder that the run was trained with"
+        )
+
+
+def description_of(tokenizer: ImageTokenizer) -> str:
+    """Its fingerprint, and where it lies."""
+    path = getattr(tokenizer, "path", None)
+    return repr(tokenizer.fingerprint) + (f" (of {path!r})" if path else "")
 
 
 def architecture_of(model: Transfusion, process: NoiseProcess) -> dict[str, Any]:

@@ -88,6 +88,11 @@ class CorpusEncoder(L.LightningModule):
         """The autoencoder's weights onto the device."""
         self.image_tokenizer.to(self.trainer.strategy.root_device)
 
+    def check_data(self, data: Any) -> None:
+        """Refuse pictures of a size that cannot be encoded."""
+        for corpus in data.image_corpora:
+            self.image_tokenizer.latent_shape(corpus.image_size)
+
     def setup(self, stage: str) -> None:
         """Which shards are to be made; refuses a folder of another cache before anything is encoded."""
         if stage != "predict":
@@ -112,7 +117,7 @@ class CorpusEncoder(L.LightningModule):
     def _describe(self) -> CacheInfo:
         data = self.trainer.datamodule
         [corpus] = data.image_corpora
-        shape = tuple(self.image_tokenizer.latent_shape(corpus.image_size))  # refuses a size that does not fit
+        shape = tuple(self.image_tokenizer.latent_shape(corpus.image_size))
         return CacheInfo(
             fingerprint=self.image_tokenizer.fingerprint,
             dtype=self.dtype_name,

@@ -64,6 +64,11 @@ class MultimodalModule(TrainedModule):
         self._blank: list[MultimodalModel] = []  # under FSDP2 one, on meta: in a list, so not a part of this module
         self._whole: list[MultimodalModel] = []  # while predicting, what generates
 
+    @property
+    def image_fingerprint(self) -> str | None:
+        """`TrainedModule`'s."""
+        return self.image_tokenizer.fingerprint if self.predicts_images else None
+
     def metrics_of_step(self, sums: Tensor) -> dict[str, float]:
         """What is logged, from the global sums that `add_micro_batch` was given the parts of."""
         raise NotImplementedError
@@ -167,9 +172,10 @@ class MultimodalModule(TrainedModule):
             scale = request.config.guidance_scale
             if request.generate != "text" and scale != 1:
                 raise ValueError(
-                    f"request {number} has guidance_scale {scale}, but training with data.caption_drop 0 shows no "
-                    "picture without its caption, which guidance leads away from: set guidance_scale to 1 (of the "
-                    "request, or generation.guidance_scale of the model), or train with data.caption_drop 0.1"
+                    f"request {number} has guidance_scale {scale}, but training with data.caption_drop 0, or with "
+                    "data.caption_first 0, shows no picture without its caption, which guidance leads away from: set "
+                    "guidance_scale to 1 (of the request, or generation.guidance_scale of the model), or train with "
+                    "data.caption_first 0.8 and data.caption_drop 0.1"
                 )
 
     def _generation_model(self) -> MultimodalModel:

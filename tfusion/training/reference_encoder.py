@@ -57,9 +57,8 @@ class ReferenceEncoderModule(TrainedModule):
         """What shapes do not show."""
         return {"text_heads": self.model.transformer.num_heads, "image_size": self.model.image_size}
 
-    def setup(self, stage: str) -> None:
-        """Refuse data without a picture and a whole caption in each document, and a step in several parts."""
-        data = self.trainer.datamodule
+    def check_data(self, data: Any) -> None:
+        """Refuse data without a picture and a whole caption in each document."""
         if data.text_corpora or data.choices:
             raise ValueError(
                 "the reference encoder reads captions of pictures alone: leave out text_corpora and choices"
@@ -69,6 +68,15 @@ class ReferenceEncoderModule(TrainedModule):
                 f"got data.caption_first {data.caption_first} and data.caption_drop {data.caption_drop}; the reference "
                 "encoder reads a caption before its picture: expected 1 and 0"
             )
+        for corpus in data.image_corpora:
+            if hasattr(corpus, "codebook_size"):  # of latents or ids out of a cache
+                raise ValueError(
+                    f"the corpus {corpus.name!r} holds latents; the reference encoder sees pictures: give the corpus "
+                    "that was encoded"
+                )
+
+    def setup(self, stage: str) -> None:
+        """Refuse a step in several parts."""
         # every picture is contrasted with every caption of its step, or of the held-out ones: one process has them all
         accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if (accumulate, ranks) != (1, 1):

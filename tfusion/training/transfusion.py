@@ -14,13 +14,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
+from tfusion.denoising import check_settings
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
 from tfusion.generation import Generator
 from tfusion.losses import image_mse, token_nll
 from tfusion.models.flops import training_flops
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import GenerationConfig
-from tfusion.samplers import Sampler
 from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer, PixelTokenizer
 from tfusion.training.compatibility import architecture_of
@@ -97,7 +97,7 @@ class TransfusionModule(MultimodalModule):
             latents_are_pixels=pixels,
         )
         self.diffusion_loss_weight = diffusion_loss_weight
-        Sampler(self.process, self.generation.sampler, self.generation.num_inference_steps)  # refuses what cannot run
+        check_settings(self.process, self.generation)
 
     image_measure = "diffusion_loss"
     noise_steps = property(lambda self: self.process.num_train_timesteps)

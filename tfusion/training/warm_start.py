@@ -18,19 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tfusion.tokenizers import TextTokenizer
+from tfusion.tokenizers import ImageTokenizer, TextTokenizer
+from tfusion.training.compatibility import UNSAID, description_of
 
 log = logging.getLogger(__name__)
 
 # Settings that mean something to these parts alone; any other is the trunk's.
 ADAPTERS = ("patch_encoder", "patch_decoder")
 OF_ADAPTERS = ("latent_channels", "patch_size", "adapter", "image_attention", "family", "prediction_type")
-
-UNSAID = {
-    "norm_order": "pre",
-    "image_attention": "bidirectional",
-    "adapter": "linear",
-}  # what a model that does not say it has
 
 
 @dataclass(frozen=True)
@@ -57,12 +52,20 @@ class WarmStart:
         model: with its parameters' names and shapes; the meta device will do.
         architecture: of the module, what shapes do not show.
         vocab_size: of the module's text.
+        image_tokenizer: of the module; None = it has no images.
 
     Raises:
         ValueError: no such path, not a checkpoint, or one that fits only in part and this is not said.
     """
 
-    def __init__(self, init_from: InitFrom, model: nn.Module, architecture: dict[str, Any], vocab_size: int) -> None:
+    def __init__(
+        self,
+        init_from: InitFrom,
+        model: nn.Module,
+        architecture: dict[str, Any],
+        vocab_size: int,
+        image_tokenizer: ImageTokenizer | None = None,
+    ) -> None:
         self.path = _find(init_from.path)
         saved = read_checkpoint(self.path)
         self.text_tokenizer = TextTokenizer.from_json(saved["text_tokenizer"])
@@ -78,6 +81,8 @@ class WarmStart:
         self.unused = {name: tensor for name, tensor in weights.items() if name not in self.taken}
         self._refuse_what_is_not_said(init_from, wanted)
         self._refuse_other_settings(architecture, saved["architecture"])
+        if any(_within(name, getattr(model, "latent_parts", ())) for name in self.taken):
+            self._refuse_another_tokenizer(image_tokenizer, saved.get("image_tokenizer"))
 
     def _refuse_what_is_not_said(self, init_from: InitFrom, wanted: dict[str, Tensor]) -> None:
         lacking = [name for name in self.new if not _within(name, init_from.new)]
@@ -106,6 +111,15 @@ class WarmStart:
         if problems:
             raise ValueError(
                 f"init_from: {self.path} has learned other settings: {'; '.join(problems)}. Set the model's to them"
+            )
+
+    def _refuse_another_tokenizer(self, tokenizer: ImageTokenizer | None, found: str | None) -> None:
+        """Weights that read or make latents are of one autoencoder; older checkpoints do not say of which."""
+        if tokenizer is not None and found is not None and tokenizer.fingerprint != found:
+            raise ValueError(
+                f"init_from: {self.path} was trained with the image tokenizer {found!r}, the configured one is "
+                f"{description_of(tokenizer)}; the latents of one mean nothing to the other: give image_tokenizer the "
+                "autoencoder that the run was trained with"
             )
 
     @torch.no_grad()

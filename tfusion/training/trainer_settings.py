@@ -1,0 +1,47 @@
+"""Settings of Lightning's Trainer: what they are where nobody says, and which would do something else than they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the data module divides rows among ranks itself
+    "max_epochs": -1,  # the training data has no end: max_steps stops a run
+    "check_val_every_n_epoch": None,  # val_check_interval counts over the whole run
+    "gradient_clip_val": 1.0,  # the paper's
+    "num_sanity_val_steps": 0,  # the first validation must not depend on a rehearsal
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # it would list the model twice, once as its average
+}
+
+
+def check_trainer(config: Any) -> None:
+    """Refuse settings of the Trainer that would do something else than they say."""
+    if config.precision not in (None, "32-true", "32", 32, "bf16-mixed"):
+        raise ValueError(f"got trainer.precision {config.precision!r}, expected 32-true or bf16-mixed")
+    if config.max_steps < 1:
+        raise ValueError("trainer.max_steps is not set: training data has no end, so say where to stop")
+    if config.limit_train_batches not in (None, 1.0) or config.overfit_batches:
+        raise ValueError(
+            "got trainer.limit_train_batches or overfit_batches, but training data has no epochs to cut short: "
+            "use trainer.max_steps"
+        )
+
+
+def check_validation_interval(config: Any) -> None:
+    """Refuse intervals at which validation would never run, or run between micro-batches of a step."""
+    interval, accumulate = config.val_check_interval, config.accumulate_grad_batches
+    if config.limit_val_batches == 0:
+        return
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(
+            f"got trainer.val_check_interval {interval}, expected a number of batches, for training data is "
+            "endless; set it, or trainer.limit_val_batches to 0 to go without validation"
+        )
+    if interval % accumulate:
+        nearest = max(accumulate, round(interval / accumulate) * accumulate)
+        raise ValueError(
+            f"got trainer.val_check_interval {interval} with trainer.accumulate_grad_batches {accumulate}; "
+            "Lightning counts micro-batches, so it would validate in the middle of an optimizer step; "
+            f"expected a multiple, such as {nearest}"
+        )
