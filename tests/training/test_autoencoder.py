@@ -22,7 +22,7 @@ from tests.training.test_equivalence import differences, state_of
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.reconstruction import ReconstructionQuality
 from tfusion.data.datamodule import MultimodalDataModule
-from tfusion.models.autoencoder import Autoencoder, KLAutoencoder, VQAutoencoder
+from tfusion.models.autoencoder import Autoencoder, Coded, KLAutoencoder, VQAutoencoder
 from tfusion.models.discriminator import PatchDiscriminator
 from tfusion.sequence import Batch, Document, Image, RowShape, collate
 from tfusion.tokenizers import VAETokenizer, VQTokenizer
@@ -31,7 +31,8 @@ from tfusion.training.autoencoder import AutoencoderModule
 from tfusion.training.autoencoder_export import export
 from tfusion.training.autoencoder_losses import Perceptual, adversarial, hinge
 from tfusion.training.autoencoder_validation import sheet
-from tfusion.training.codebook import statistics
+from tfusion.training.codebook import StepCodes, statistics
+from tfusion.training.optim import adamw, parameter_groups
 
 STEPS, CODES = 6, 20
 SIZES: dict[str, Any] = {"image_size": IMAGE_SIZE, "base_channels": 8, "channel_multipliers": (1, 2)}
@@ -44,9 +45,8 @@ def autoencoder(kind: str, discriminator: bool = False, **sizes: Any) -> Autoenc
     patches = PatchDiscriminator(8, 1) if discriminator else None
     if kind == "kl":
         return KLAutoencoder(**(SIZES | sizes), discriminator=patches)
-    return VQAutoencoder(
-        **(SIZES | sizes), discriminator=patches, codebook_size=CODES, restart_after=sizes.pop("after", 2)
-    )
+    after = sizes.pop("after", 2)
+    return VQAutoencoder(**(SIZES | sizes), discriminator=patches, codebook_size=CODES, restart_after=after)
 
 
 def module_of(kind: str, discriminator: bool = False, **settings: Any) -> AutoencoderModule:
@@ -113,8 +113,9 @@ def test_beta_is_on_the_term_that_moves_vectors() -> None:
 
     mended = VectorQuantizer(CODES, 3, beta=0.25, legacy=False)
     mended.embedding.weight.data.copy_(codes)
-    torch.testing.assert_close(coded.regularisation.mean(), mended(vectors)[1])
-    assert not model.network.quantize.legacy
+    theirs = mended(vectors)
+    torch.testing.assert_close(coded.regularisation.mean(), theirs[1])
+    assert torch.equal(coded.latents, theirs[0])
     (straight,) = torch.autograd.grad(coded.latents.sum(), vectors)
     assert torch.equal(straight, torch.ones_like(vectors))
 
@@ -175,7 +176,7 @@ def test_empty_slots_weigh_nothing(kind: str, tiny_trainer) -> None:
         assert all(gradient is not None for gradient in gradients.values())
         codes = []
         if module.codes is not None:
-            module.codes.restart_dead(module.model, module.ema_model, 0)
+            module.codes.restart_dead(module.model, module.ema_model, module.configure_optimizers(), 0)
             codes = [module.codes.use, module.model.network.quantize.embedding.weight]
             assert module.codes.use.sum() == 3 * 16
         found.append((module._sums["loss"], gradients, codes))
@@ -194,19 +195,62 @@ def test_dead_codes_restart_where_the_encoder_is() -> None:
     use[:4] = 7
     before = codes.detach().clone()
     dead = model.count_use(use)
-    assert dead.tolist() == list(range(4, CODES))
-    chosen = model.restart(dead, vectors, ("codes", 0, 0))
-    assert torch.equal(codes[4:], chosen)
+    assert dead.nonzero()[:, 0].tolist() == list(range(4, CODES))
+    everyone = torch.ones(50, dtype=torch.bool)
+    assert torch.equal(model.restart(dead, vectors, everyone, ("codes", 0, 0)), dead)
+    chosen = codes[4:].detach().clone()
     assert torch.equal(codes[:4], before[:4])
     assert {tuple(v) for v in chosen.tolist()} <= {tuple(v) for v in vectors.tolist()}
     assert len(chosen.unique(dim=0)) == len(chosen)
-    assert torch.equal(model.restart(dead, vectors, ("codes", 0, 0)), chosen)
-    assert not torch.equal(model.restart(dead, vectors, ("codes", 0, 1)), chosen)
+    with torch.no_grad():
+        codes.zero_()
+    model.restart(dead, vectors, everyone, ("codes", 0, 0))
+    assert torch.equal(codes[4:], chosen)
+    model.restart(dead, vectors, everyone, ("codes", 0, 1))
+    assert not torch.equal(codes[4:], chosen)
     # used, unused once: alive; unused twice: dead
     use[4:10] = 1
-    assert model.count_use(use).tolist() == []
-    assert model.count_use(use).tolist() == list(range(10, CODES))
-    assert len(model.restart(dead, vectors[:3], ("codes", 0, 2))) == len(dead)  # fewer vectors than codes
+    assert not model.count_use(use).any()
+    assert model.count_use(use).nonzero()[:, 0].tolist() == list(range(10, CODES))
+    # fewer vectors than codes, for the others do not count; none at all
+    some = torch.zeros(50, dtype=torch.bool)
+    some[[7, 30, 49]] = True
+    model.restart(dead, vectors, some, ("codes", 0, 2))
+    assert {tuple(v) for v in codes[4:].tolist()} == {tuple(v) for v in vectors[some].tolist()}
+    before = codes.detach().clone()
+    assert not model.restart(dead, vectors, torch.zeros_like(some), ("codes", 0, 3)).any()
+    assert torch.equal(codes, before)
+
+
+def test_a_step_of_codes_waits_for_no_device() -> None:
+    """On the meta device there are no values to wait for: what asks for one, or for a shape of them, raises."""
+    model = autoencoder("vq").to("meta")
+    codes = StepCodes(0)
+    vectors, ids = torch.empty(3, 3, 4, 4, device="meta"), torch.empty(3, 4, 4, dtype=torch.int64, device="meta")
+    valid = torch.empty(3, dtype=torch.bool, device="meta")
+    codes.add(Coded(vectors, valid, ids, vectors), valid, CODES, first=True)
+    codes.restart_dead(model, model, adamw(parameter_groups(model, 0.0), 1e-3, (0.9, 0.99), 1e-8), 0)
+
+
+def test_a_restarted_code_stays_where_it_is_put() -> None:
+    """Until it is used: its moments, of where it was, move it no more."""
+    model = autoencoder("vq", after=1).materialize("cpu", 0)
+    optimizer = adamw(parameter_groups(model, 0.0), 0.1, (0.9, 0.99), 1e-8)
+    codes = model.network.quantize.embedding.weight
+    step_codes, images = StepCodes(0), images_of(3)
+    codes.grad = torch.ones_like(codes)
+    optimizer.step()  # every code has moments
+
+    coded = model.encode(images)
+    step_codes.add(coded, torch.ones(3, dtype=torch.bool), CODES, first=True)
+    dead = step_codes.use == 0
+    codes.grad = (~dead)[:, None].float().expand_as(codes).clone()
+    step_codes.restart_dead(model, None, optimizer, 1)
+    placed = codes.detach().clone()
+    optimizer.step()
+    assert dead.any() and not dead.all()
+    assert torch.equal(codes[dead], placed[dead])
+    assert (codes[~dead] != placed[~dead]).all()
 
 
 def test_averaged_codes_jump_with_their_own() -> None:
@@ -219,7 +263,7 @@ def test_averaged_codes_jump_with_their_own() -> None:
     module.codes.add(coded, batch.image_valid, CODES, first=True)
     with torch.no_grad():
         module.ema_model.network.quantize.embedding.weight.zero_()
-    module.codes.restart_dead(module.model, module.ema_model, 0)
+    module.codes.restart_dead(module.model, module.ema_model, module.configure_optimizers(), 0)
     expected = module.model.network.quantize.embedding.weight.detach().clone()
     expected[used] = 0
     assert torch.equal(module.ema_model.network.quantize.embedding.weight, expected)
@@ -445,7 +489,7 @@ def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, int], message: str) 
 
 
 def test_codebooks_that_do_not_fit_are_refused() -> None:
-    for wrong in ({"codebook_size": 1}, {"restart_after": 0}):
+    for wrong in ({"codebook_size": 1}, {"restart_after": 0}, {"commitment": -0.25}, {"commitment": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VQAutoencoder(**SIZES, **wrong)
     with pytest.raises(ValueError, match="got perceptual 'vgg'"):

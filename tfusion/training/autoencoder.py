@@ -159,7 +159,7 @@ class AutoencoderModule(TrainedModule):
         """Set the learning rate; put dead codes on vectors of this step."""
         super().on_before_optimizer_step(optimizer)
         if self.codes is not None:
-            self.codes.restart_dead(self.model, self.ema_model, self.trainer.global_step)
+            self.codes.restart_dead(self.model, self.ema_model, optimizer, self.trainer.global_step)
 
     def step_metrics(self) -> dict[str, float]:
         """Of the step that just ended, global; collective, and it waits for the device."""
