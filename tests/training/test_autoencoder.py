@@ -140,6 +140,24 @@ def test_adversarial_terms_are_the_loop_and_gradients_stay_apart() -> None:
     assert all(parameter.grad.abs().sum() > 0 for parameter in patches.parameters() if parameter.ndim > 1)
 
 
+def test_gradients_are_clipped_apart() -> None:
+    """What the discriminator's are changes nothing in the autoencoder, and the other way round."""
+    module = module_of("kl", discriminator=True)
+    module.materialize("cpu")
+    parts = [list(part.parameters()) for part in (module.model.network, module.model.discriminator)]
+    for large, small in (parts, parts[::-1]):
+        for parameter in large:
+            parameter.grad = torch.full_like(parameter, 7.0)
+        for parameter in small:
+            parameter.grad = torch.full_like(parameter, 1e-6)
+        norms = [torch.cat([p.grad.flatten() for p in part]).norm() for part in parts]
+        module.configure_gradient_clipping(module.configure_optimizers(), 1.0, "norm")
+        clipped = [torch.cat([p.grad.flatten() for p in part]).norm() for part in (large, small)]
+        assert float(clipped[0]) == pytest.approx(1.0, rel=1e-4)
+        assert all((p.grad == 1e-6).all() for p in small)
+        torch.testing.assert_close(module.grad_norm, norms[0])
+
+
 def test_a_logit_sees_70_pixels() -> None:
     """Isola et al.: three layers see patches of 70 x 70 (norms aside, which see all of a picture)."""
     patches = PatchDiscriminator(8, 3).to_empty(device="cpu")
@@ -392,11 +410,18 @@ def test_a_resume_changes_no_bit(runs: dict[str, Any], kind: str) -> None:
     assert differences(state_of(rest.path), state_of(whole.path)) == []
 
 
+def assert_equal_but_for_rounding(found: list[list[float]], expected: list[list[float]]) -> None:
+    """Of the norm of gradients, which comes last, less is asked: L1's flips its sign where a pixel is all but right."""
+    ours, theirs = torch.tensor(found), torch.tensor(expected)
+    torch.testing.assert_close(ours[:, :-1], theirs[:, :-1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[:, -1], theirs[:, -1], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_change_no_loss(runs: dict[str, Any], kind: str) -> None:
     _, whole = runs[kind]
     divided = fit(runs["root"] / f"{kind}_divided", kind, accumulate=2)
-    torch.testing.assert_close(torch.tensor(divided.losses), torch.tensor(whole.losses), rtol=1e-5, atol=1e-6)
+    assert_equal_but_for_rounding(divided.losses, whole.losses)
 
 
 def fit_on_a_rank(root: Path) -> None:
@@ -413,7 +438,7 @@ def test_two_processes_do_what_one_does(runs: dict[str, Any]) -> None:
     for kind in KINDS:
         folder, one = runs[kind]
         two = torch.load(runs["root"] / f"{kind}_ranks" / "result.pt", weights_only=True)
-        torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one.losses), rtol=1e-5, atol=1e-6)
+        assert_equal_but_for_rounding(two["losses"], one.losses)
         assert two["metrics"] == pytest.approx(one.metrics, rel=1e-3)
         names = {path.name for path in (folder / "autoencoder").iterdir()}
         assert {path.name for path in (runs["root"] / f"{kind}_ranks" / "autoencoder").iterdir()} == names

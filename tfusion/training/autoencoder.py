@@ -2,9 +2,10 @@
 
 L = L1 + perceptual + 0.5 adversarial + regularisation, which is 1e-6 KL or the codebook's loss (Transfusion §4.1 and
 appendix A). One optimizer, one backward: the autoencoder's adversarial term sees a discriminator of fixed weights, the
-discriminator's own term sees pictures that are not traced back, so neither's gradient gets into the other.
+discriminator's own term sees pictures that are not traced back, so neither's gradient gets into the other; each is
+clipped by its own norm.
 
-Legend: I image slots, S a picture's side, C, h, w latents, A micro-batches a step, W ranks.
+Legend: I image slots, S a picture's side, C, h, w latents.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tfusion.training.autoencoder_losses import Perceptual, PerceptualWeights, a
 from tfusion.training.autoencoder_validation import AutoencoderValidation
 from tfusion.training.base import TrainedModule
 from tfusion.training.codebook import StepCodes, statistics
+from tfusion.training.optim import clip_gradients
 from tfusion.training.validation_log import log_validation
 
 
@@ -132,22 +134,18 @@ class AutoencoderModule(TrainedModule):
         if discriminator is not None and self.trainer.global_step >= self.gan_start:
             parts["adversarial"] = adversarial(discriminator, reconstructed)
             parts["discriminator"] = hinge(discriminator, reconstructed, images)
-        count = batch.step_counts[1].clone()
-        if self.trainer.world_size > 1:
-            dist.all_reduce(count)
-        count = count.clamp(min=1)
+        count = self.global_counts(batch)[1].clamp(min=1)
         means = {name: (each * batch.image_valid).sum() / count for name, each in parts.items()}
         loss = sum(self.weights[name] * mean for name, mean in means.items())
         if discriminator is not None and "discriminator" not in parts:
             # before its time it has a gradient of 0, for DDP waits for one
             loss = loss + 0.0 * sum(parameter.sum() for parameter in discriminator.parameters())
 
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        first = self.is_first(batch_idx)
         self._keep(means, loss, batch, first)
         if self.codes is not None:
             self.codes.add(coded, batch.image_valid, self.model.codebook_size, first)
-        # Lightning divides by A, DDP by W
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return self.scaled(loss)
 
     def _keep(self, means: dict[str, Tensor], loss: Tensor, batch: Batch, first: bool) -> None:
         """Add up what a logging step reports."""
@@ -160,6 +158,18 @@ class AutoencoderModule(TrainedModule):
         super().on_before_optimizer_step(optimizer)
         if self.codes is not None:
             self.codes.restart_dead(self.model, self.ema_model, optimizer, self.trainer.global_step)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip autoencoder and discriminator each by its own norm, and keep the autoencoder's."""
+        limits = (gradient_clip_val, gradient_clip_algorithm)
+        self.grad_norm = clip_gradients(self.model.network.parameters(), *limits)
+        if self.model.discriminator is not None:
+            clip_gradients(self.model.discriminator.parameters(), *limits)
 
     def step_metrics(self) -> dict[str, float]:
         """Of the step that just ended, global; collective, and it waits for the device."""
