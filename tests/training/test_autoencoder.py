@@ -51,7 +51,8 @@ def autoencoder(kind: str, discriminator: bool = False, **sizes: Any) -> Autoenc
 
 def module_of(kind: str, discriminator: bool = False, **settings: Any) -> AutoencoderModule:
     # eps: without it Adam makes of a rounding error in a gradient near 0 a whole step
-    defaults = {"perceptual": "off", "lr": 5e-3, "eps": 1e-2, "warmup_steps": 1, "gan_start": 3, "seed": 3}
+    defaults = {"perceptual": "off", "lr": 5e-3, "eps": 1e-2, "warmup_steps": 1, "seed": 3}
+    defaults |= {"gan_start": 3} if discriminator else {}
     return AutoencoderModule(autoencoder(kind, discriminator), **(defaults | settings))
 
 
@@ -521,6 +522,33 @@ def test_codebooks_that_do_not_fit_are_refused() -> None:
         Perceptual("vgg")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="base_channels 12 of the discriminator, expected a multiple of 8"):
         PatchDiscriminator(12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "discriminator", "wrong"),
+    [
+        *(("kl", True, wrong) for wrong in ({"gan_weight": -0.5}, {"gan_start": -1}, {"kl_weight": -1e-6})),
+        ("kl", True, {"kl_weight": float("nan")}),
+        ("vq", False, {"codebook_weight": -1.0}),
+        ("kl", False, {"perceptual_weight": -1.0, "perceptual": "cached"}),
+        ("kl", False, {"perceptual_weight": 1.0}),  # perceptual is off
+        ("kl", False, {"gan_weight": 0.5}),
+        ("kl", False, {"gan_start": 3}),
+        ("kl", False, {"codebook_weight": 1.0}),
+        ("vq", False, {"kl_weight": 1e-6}),
+    ],
+)
+def test_weights_below_zero_or_of_nothing_are_refused(kind: str, discriminator: bool, wrong: dict[str, Any]) -> None:
+    name = next(iter(wrong))
+    with pytest.raises(ValueError, match=f"got {name} .*(would do nothing|from 0 on)"):
+        module_of(kind, discriminator, **wrong)
+
+
+def test_weights_are_the_papers_where_nothing_is_said() -> None:
+    for kind, its_own in (("kl", {"kl": 1e-6}), ("vq", {"codebook": 1.0})):
+        module = AutoencoderModule(autoencoder(kind, discriminator=True))
+        assert module.weights == {"l1": 1.0, "perceptual": 1.0, "adversarial": 0.5, "discriminator": 1.0} | its_own
+        assert module.gan_start == 50_000
 
 
 def test_data_that_is_not_pictures_alone_is_refused(tiny_trainer, texts) -> None:

@@ -227,9 +227,8 @@ class VQAutoencoder(Autoencoder):
         draws = torch.rand(len(vectors), generator=generator(*seed))
         if vectors.is_cuda:
             draws = draws.pin_memory()  # a copy from pageable memory may wait for the device
-        draws = draws.to(vectors.device, non_blocking=True)[
-            (valid.cumsum(0) - 1).clamp(min=0)
-        ]  # of the nth that counts
+        nth = (valid.cumsum(0) - 1).clamp(min=0)  # of those that count
+        draws = draws.to(vectors.device, non_blocking=True)[nth]
         order = draws.masked_fill(~valid, torch.inf).argsort(stable=True)
         nth_dead = (dead.cumsum(0) - 1).clamp(min=0)
         chosen = vectors[order[nth_dead % count.clamp(min=1)]]  # (N, D)

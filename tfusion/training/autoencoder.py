@@ -40,25 +40,31 @@ class AutoencoderModule(TrainedModule):
     Args:
         model: the autoencoder, with or without a discriminator.
         perceptual: LPIPS: `cached` = if its weights are on this machine, `download`, or `off`.
-        perceptual_weight: of LPIPS (paper: 1).
-        gan_weight: of the adversarial term (paper: 0.5).
-        gan_start: the step from which on there is one (paper: 50,000).
-        kl_weight: of the KL, summed over an image's latents (paper: 1e-6); L1 is a mean over pixels.
-        codebook_weight: of the codebook's loss, a mean over vectors (paper: 1).
+        perceptual_weight: of LPIPS; None = the paper's, 1.
+        gan_weight: of the adversarial term, of a model with a discriminator; None = the paper's, 0.5.
+        gan_start: the step from which on there is one; None = the paper's, 50,000.
+        kl_weight: of a `KLAutoencoder`'s KL; None = the paper's, 1e-6. Both it and L1 are means over pictures; of a
+            picture, the KL is summed over its C h w latents, in nats, L1 is a mean over its 3 S^2 values. (The paper
+            does not say which reading its 1e-6 is of. Latent diffusion's code sums L1, too, so there the same number
+            weighs 3 S^2 times less beside L1: 196,608 times at 256 x 256.)
+        codebook_weight: of a `VQAutoencoder`'s codebook loss, a mean over vectors; None = the paper's, 1.
         lr, betas, eps, weight_decay, warmup_steps, final_lr_share: as `TransfusionModule`'s; the discriminator's too.
         ema: keep an average of the weights, which is what is validated and exported.
         seed: of the initial weights, and of what dead codes restart from.
+
+    Raises:
+        ValueError: a number below 0, or one of a part that the model does not have.
     """
 
     def __init__(
         self,
         model: Autoencoder,
         perceptual: PerceptualWeights = "cached",
-        perceptual_weight: float = 1.0,
-        gan_weight: float = 0.5,
-        gan_start: int = 50_000,
-        kl_weight: float = 1e-6,
-        codebook_weight: float = 1.0,
+        perceptual_weight: float | None = None,
+        gan_weight: float | None = None,
+        gan_start: int | None = None,
+        kl_weight: float | None = None,
+        codebook_weight: float | None = None,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.5, 0.9),
         eps: float = 1e-8,
@@ -69,16 +75,18 @@ class AutoencoderModule(TrainedModule):
         seed: int = 0,
     ) -> None:
         super().__init__(model, None, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed)
-        vq = isinstance(model, VQAutoencoder)
+        vq, gan = isinstance(model, VQAutoencoder), model.discriminator is not None
         self.regularisation = "codebook" if vq else "kl"  # its name in metrics
         self.weights = {
             "l1": 1.0,
-            "perceptual": perceptual_weight,
-            "adversarial": gan_weight,
+            "perceptual": _own("perceptual_weight", perceptual_weight, 1.0, perceptual != "off", "with perceptual off"),
+            "adversarial": _own("gan_weight", gan_weight, 0.5, gan, "of a model without a discriminator"),
             "discriminator": 1.0,  # a task of its own
-            self.regularisation: codebook_weight if vq else kl_weight,
         }
-        self.gan_start = gan_start
+        kl = _own("kl_weight", kl_weight, 1e-6, not vq, "of a VQAutoencoder, which has no KL")
+        codebook = _own("codebook_weight", codebook_weight, 1.0, vq, "of a KLAutoencoder, which has no codebook")
+        self.weights[self.regularisation] = codebook if vq else kl
+        self.gan_start = _own("gan_start", gan_start, 50_000, gan, "of a model without a discriminator")
         self.perceptual = Perceptual(perceptual)
         self.codes = StepCodes(seed) if vq else None
         self._sums: dict[str, Tensor] = {}  # of the step's micro-batches
@@ -209,3 +217,14 @@ class AutoencoderModule(TrainedModule):
         self._validation.write_sheet(root / "samples" / f"step={trainer.global_step:07d}.png")
         latents = self._validation.latent_statistics() if self.codes is None else None
         export(self.evaluation_model, root / "autoencoder", latents)
+
+
+def _own(name: str, given: float | None, default: float, used: bool, why: str) -> float:
+    """A setting, or what it is where nothing is said; raises ValueError where it is below 0, or would do nothing."""
+    if given is None:
+        return default
+    if not used:
+        raise ValueError(f"got {name} {given} {why}: it would do nothing, leave it out or set it to null")
+    if not given >= 0:
+        raise ValueError(f"got {name} {given}, expected a number from 0 on, or null for the paper's, {default:g}")
+    return given
