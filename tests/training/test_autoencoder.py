@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import VectorQuantizer
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image as PILImage
 from torch.distributions import Normal, kl_divergence
 
@@ -328,6 +329,7 @@ def fit(
     stop: int | None = None,
     resume: Path | None = None,
     validate: bool = False,
+    perceptual: str = "off",
     **settings: Any,
 ) -> Recorder:
     """With a discriminator from step 3 on."""
@@ -348,7 +350,8 @@ def fit(
         callbacks=[EMA(0.9), ReconstructionQuality(), recorder],
         **({"devices": 1} | quiet | settings),
     )
-    trainer.fit(module_of(kind, discriminator=True), data_of(), ckpt_path=resume, weights_only=True)
+    module = module_of(kind, discriminator=True, perceptual=perceptual)
+    trainer.fit(module, data_of(), ckpt_path=resume, weights_only=True)
     return recorder
 
 
@@ -468,6 +471,13 @@ def test_the_sheet_has_originals_above_what_came_back() -> None:
     assert isinstance(sheet([]), PILImage.Image)
 
 
+class Squares(torch.nn.Module):
+    """In LPIPS's place."""
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (one - other).square().mean((1, 2, 3), keepdim=True)
+
+
 def test_lpips_is_used_where_its_weights_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -480,10 +490,6 @@ def test_lpips_is_used_where_its_weights_are(
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "vgg16-397923af.pth").touch()
 
-    class Squares(torch.nn.Module):
-        def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-            return (one - other).square().mean((1, 2, 3), keepdim=True)
-
     monkeypatch.setattr(autoencoder_losses, "_lpips", Squares)
     module = module_of("kl", perceptual="cached", perceptual_weight=3.0)
     module.materialize("cpu")
@@ -491,6 +497,34 @@ def test_lpips_is_used_where_its_weights_are(
     parts, reconstructed, _ = module._parts(module.model, images, None)
     torch.testing.assert_close(parts["perceptual"], F.mse_loss(reconstructed, images, reduction="none").mean((1, 2, 3)))
     assert module.weights["perceptual"] == 3.0
+
+
+def test_ranks_but_the_first_do_not_miss_lpips_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with caplog.at_level(logging.WARNING):
+        assert not Perceptual("cached").load(torch.device("cpu"))
+    assert not caplog.records
+
+
+def test_a_resume_on_a_machine_with_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether LPIPS is found or lost on the way; said outright, off and download may do what they say."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(autoencoder_losses, "_lpips", Squares)
+    vgg = tmp_path / "checkpoints" / "vgg16-397923af.pth"
+    vgg.parent.mkdir()
+    without = fit(tmp_path / "without", "kl", stop=1, perceptual="cached").path
+    vgg.touch()
+    with_it = fit(tmp_path / "with", "kl", stop=1, perceptual="cached").path
+    fit(tmp_path / "same", "kl", stop=2, resume=with_it, perceptual="cached")
+    fit(tmp_path / "less", "kl", stop=2, resume=with_it, perceptual="off")
+    with pytest.raises(ValueError, match="trained without a perceptual loss, .* has vgg16"):
+        fit(tmp_path / "found", "kl", resume=without, perceptual="cached")
+    vgg.unlink()
+    with pytest.raises(ValueError, match="trained with a perceptual loss, .* has no vgg16"):
+        fit(tmp_path / "lost", "kl", resume=with_it, perceptual="cached")
 
 
 def test_weights_of_lpips_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

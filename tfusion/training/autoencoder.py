@@ -23,7 +23,7 @@ from tfusion.metrics import Reference
 from tfusion.models.autoencoder import Autoencoder, Coded, VQAutoencoder
 from tfusion.sequence import Batch
 from tfusion.training.autoencoder_export import export
-from tfusion.training.autoencoder_losses import Perceptual, PerceptualWeights, adversarial, hinge, l1
+from tfusion.training.autoencoder_losses import VGG_FILE, Perceptual, PerceptualWeights, adversarial, hinge, l1
 from tfusion.training.autoencoder_validation import AutoencoderValidation
 from tfusion.training.base import TrainedModule
 from tfusion.training.codebook import StepCodes, statistics
@@ -39,7 +39,8 @@ class AutoencoderModule(TrainedModule):
 
     Args:
         model: the autoencoder, with or without a discriminator.
-        perceptual: LPIPS: `cached` = if its weights are on this machine, `download`, or `off`.
+        perceptual: LPIPS: `cached` = if its weights are on this machine, `download`, or `off`. A resume with `cached`
+            where that differs from the checkpoint is refused.
         perceptual_weight: of LPIPS; None = the paper's, 1.
         gan_weight: of the adversarial term, of a model with a discriminator; None = the paper's, 0.5.
         gan_start: the step from which on there is one; None = the paper's, 50,000.
@@ -114,6 +115,24 @@ class AutoencoderModule(TrainedModule):
         """Allocate and fill the weights, and look for LPIPS's."""
         super().configure_model()
         self.perceptual.load(self.trainer.strategy.root_device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also whether there is a perceptual loss: `cached` leaves that to the machine."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["perceptual"] = self.perceptual.load(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another loss because this is another machine."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is None or self.trainer.state.fn != "fit" or self.perceptual.weights != "cached":
+            return
+        here = self.perceptual.load(self.trainer.strategy.root_device)
+        if checkpoint.get("perceptual", here) != here:  # older ones do not say
+            was, remedy = ("without", f"has {VGG_FILE}") if here else ("with", f"has no {VGG_FILE}: put it there")
+            raise ValueError(
+                f"the checkpoint was trained {was} a perceptual loss, and perceptual is cached on a machine that "
+                f"{remedy}. Set perceptual to off to go on without, or to download to go on with it"
+            )
 
     def _pictures(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(I, 3, S, S) in [-1, 1], and as many normal numbers as there are latents (I, C, h, w)."""
