@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -448,18 +450,77 @@ def test_two_processes_do_what_one_does(runs: dict[str, Any]) -> None:
         assert {path.name for path in (runs["root"] / f"{kind}_ranks" / "autoencoder").iterdir()} == names
 
 
+def exported(path: Path) -> float | None:
+    """What `export` below has written, as its readers see it; None where they see nothing."""
+    if not path.exists():
+        return None
+    assert VAETokenizer(str(path)).encode(images_of(1)).isfinite().all()
+    return json.loads((path / "config.json").read_text())["latents_mean"][0]
+
+
 def test_the_folder_is_replaced_whole(tmp_path: Path) -> None:
-    """What an interrupted export left behind is no hindrance."""
+    """What an interrupted export left behind is no hindrance; the run folder may be moved."""
     model = autoencoder("kl").materialize("cpu", 0)
-    (tmp_path / ".ae.new").mkdir()
-    (tmp_path / ".ae.new" / "half").touch()
-    for mean in (0.0, 1.0):
-        export(model, tmp_path / "ae", ([mean] * 3, [2.0] * 3))
-        assert json.loads((tmp_path / "ae" / "config.json").read_text())["latents_mean"] == [mean] * 3
-        assert [path.name for path in tmp_path.iterdir()] == ["ae"]
+    for letter in "ab":
+        (tmp_path / "run" / f".ae.{letter}").mkdir(parents=True)
+        (tmp_path / "run" / f".ae.{letter}" / "half").touch()
+    for mean in (2.0, 0.0, 1.0):
+        export(model, tmp_path / "run" / "ae", ([mean] * 3, [2.0] * 3))
+        assert exported(tmp_path / "run" / "ae") == mean
+        assert len(list((tmp_path / "run").iterdir())) == 2, "the folder and what it links to"
+    (tmp_path / "run").rename(tmp_path / "moved")
     images = images_of(2)
     expected = (model.encode(images).latents.detach() - 1) / 2
-    torch.testing.assert_close(VAETokenizer(str(tmp_path / "ae")).encode(images), expected)
+    torch.testing.assert_close(VAETokenizer(str(tmp_path / "moved" / "ae")).encode(images), expected)
+
+
+class Killed(BaseException):
+    """As by a signal."""
+
+
+@pytest.mark.parametrize("before", ["nothing", "link", "folder"])
+def test_a_killed_export_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    """Killed at each of its operations on files, it leaves the old one, or the new one; and the next one goes on."""
+    model = autoencoder("kl").materialize("cpu", 0)
+    countdown = 10**9
+
+    def counted(operation: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            nonlocal countdown
+            countdown -= 1
+            if countdown < 0:
+                raise Killed
+            return operation(*args, **options)
+
+        return run
+
+    for module, name in ((os, "rename"), (os, "replace"), (os, "symlink"), (os, "unlink"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    monkeypatch.setattr(Path, "write_text", counted(Path.write_text))
+
+    for at in range(100):
+        folder = tmp_path / str(at) / "ae"
+        folder.parent.mkdir()
+        if before != "nothing":
+            export(model, folder, ([0.0] * 3, [1.0] * 3))
+        if before == "folder":  # as older versions had it
+            target = folder.resolve()
+            folder.unlink()
+            target.rename(folder)
+        countdown = at
+        try:
+            export(model, folder, ([1.0] * 3, [1.0] * 3))
+        except Killed:
+            countdown = 10**9
+            found = exported(folder)
+            if found is None and before == "folder":  # between two renames: both are there
+                found = exported(folder.with_name(".ae.link"))
+            assert found in ([None, 1.0] if before == "nothing" else [0.0, 1.0])
+            export(model, folder, ([2.0] * 3, [1.0] * 3))
+            assert exported(folder) == 2.0
+        else:
+            break
+    assert at > 4 and exported(folder) == 1.0
 
 
 def test_the_sheet_has_originals_above_what_came_back() -> None:
