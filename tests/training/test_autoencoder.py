@@ -20,15 +20,17 @@ from PIL import Image as PILImage
 from torch.distributions import Normal, kl_divergence
 
 from tests.conftest import BYTES_VOCAB_SIZE, IMAGE_SIZE, TinyPictures, picture
+from tests.data.picture_folders import S, png
 from tests.training.processes import run_ranks
 from tests.training.test_equivalence import differences, state_of
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.reconstruction import ReconstructionQuality
+from tfusion.data import ImageFiles
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.models.autoencoder import Autoencoder, Coded, KLAutoencoder, VQAutoencoder
 from tfusion.models.discriminator import PatchDiscriminator
 from tfusion.sequence import Batch, Document, Image, RowShape, collate
-from tfusion.tokenizers import VAETokenizer, VQTokenizer
+from tfusion.tokenizers import TextTokenizer, VAETokenizer, VQTokenizer
 from tfusion.training import autoencoder_losses
 from tfusion.training.autoencoder import AutoencoderModule
 from tfusion.training.autoencoder_export import export
@@ -368,7 +370,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache_folder: None) -> dict[s
 def test_it_learns_and_says_so(runs: dict[str, Any], kind: str) -> None:
     folder, recorder = runs[kind]
     losses = torch.tensor(recorder.losses)
-    assert losses[-1, 1] < 0.9 * losses[0, 1]
+    fresh = autoencoder(kind).materialize("cpu", 3)
+    held_out = torch.stack([one.image for one in TinyPictures().load("val")]).float() / 127.5 - 1
+    untrained = float((fresh.decode(fresh.encode(held_out).latents) - held_out).abs().mean())
+    assert recorder.metrics["val/tiles/l1"] < untrained, "in six steps"
     assert (losses[:3, 4:6] == 0).all()  # no adversary before its step
     assert (losses[3:, 5] > 0).all()
     metrics = recorder.metrics
@@ -419,7 +424,7 @@ def test_a_resume_changes_no_bit(runs: dict[str, Any], kind: str) -> None:
 def assert_equal_but_for_rounding(found: list[list[float]], expected: list[list[float]]) -> None:
     """Of the norm of gradients, which comes last, less is asked: L1's flips its sign where a pixel is all but right."""
     ours, theirs = torch.tensor(found), torch.tensor(expected)
-    torch.testing.assert_close(ours[:, :-1], theirs[:, :-1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[:, :-1], theirs[:, :-1], rtol=1e-5, atol=5e-6)
     torch.testing.assert_close(ours[:, -1], theirs[:, -1], rtol=1e-3, atol=1e-6)
 
 
@@ -644,6 +649,29 @@ def test_weights_are_the_papers_where_nothing_is_said() -> None:
         module = AutoencoderModule(autoencoder(kind, discriminator=True))
         assert module.weights == {"l1": 1.0, "perceptual": 1.0, "adversarial": 0.5, "discriminator": 1.0} | its_own
         assert module.gan_start == 50_000
+
+
+def test_captions_are_not_read(tmp_path: Path, attached) -> None:
+    """However long they are, no picture is lost, no tokenizer is trained on them, and rows hold pictures alone."""
+    for n in range(20):
+        (tmp_path / f"{n:02}.png").write_bytes(png(n))
+        (tmp_path / f"{n:02}.txt").write_text("so long a caption " * (n + 1))
+    pictures = ImageFiles(str(tmp_path), S, val_share=0.2)
+    sizes = {"vocab_size": BYTES_VOCAB_SIZE + 9, "seq_len": 20, "max_images_per_row": 2, "rows_per_step": 2}
+    module = module_of("vq")
+    module.model = autoencoder("vq", image_size=S, vocab_size=BYTES_VOCAB_SIZE + 9)
+    data = attached(data_of(image_corpora=[pictures], **sizes), module)
+    assert not len(data.bad_records)
+    assert (data.tokenizer.to_json(), data.tokenizer.vocab_size) == (
+        TextTokenizer.train([], BYTES_VOCAB_SIZE + 9).to_json(),
+        BYTES_VOCAB_SIZE + 9,
+    )
+    assert len(data.mixture.images.pictures) + len(pictures.load("val")) == 20
+    batch = next(iter(data.train_dataloader()))
+    assert batch.image_valid.sum() == 4
+    assert (batch.document_ids >= 0).sum() == 4 * 5
+    for loader in data.val_dataloader():
+        assert sum(int(held_out.image_valid.sum()) for held_out in loader) == len(pictures.load("val")) > 0
 
 
 def test_data_that_is_not_pictures_alone_is_refused(tiny_trainer, texts) -> None:

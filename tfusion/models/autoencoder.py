@@ -40,7 +40,7 @@ class Autoencoder(nn.Module):
         attention: one attention layer each in the middle of encoder and decoder.
         norm_num_groups: of group norms; divides the channels of every level.
         discriminator: for the adversarial loss; None = without.
-        vocab_size: of the data's tokenizer, for captions are in its rows.
+        vocab_size: the data's, whose rows are those of any model, though no caption is in them.
         max_seq_len: the longest row.
     """
 

@@ -32,7 +32,7 @@ from tfusion.training.validation_log import log_validation
 
 
 class AutoencoderModule(TrainedModule):
-    """Train a `KLAutoencoder` or a `VQAutoencoder` on the pictures of captioned corpora.
+    """Train a `KLAutoencoder` or a `VQAutoencoder` on the pictures of captioned corpora; captions are not read.
 
     In fit each validation writes `autoencoder/` in the run folder, which `VAETokenizer` or `VQTokenizer` reads, and
     `samples/step=NNNNNNN.png`, originals above what came back.
@@ -56,6 +56,8 @@ class AutoencoderModule(TrainedModule):
     Raises:
         ValueError: a number below 0, or one of a part that the model does not have.
     """
+
+    reads_captions = False
 
     def __init__(
         self,

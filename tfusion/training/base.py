@@ -84,6 +84,8 @@ class TrainedModule(L.LightningModule):
         self.precision = "32-true"  # of generation without a trainer
         self._materialized = False
 
+    reads_captions = True  # else the datamodule leaves them out, whatever its settings of them
+
     # What the datamodule checks itself against.
     model_vocab_size = property(lambda self: self.model.vocab_size)
     max_seq_len = property(lambda self: self.model.max_seq_len)
