@@ -53,6 +53,8 @@ def test_documents_are_whole_and_in_file_order(texts, pictures, byte_tokenizer, 
             assert image.noise_limit == (0 if image_first else 1)
             assert byte_tokenizer.decode(caption) == picture.captions[0]
     assert len(list(caption_documents(pictures.load("val"), byte_tokenizer, True, 3))) == 3
+    alone = [document.elements for document in caption_documents(pictures.load("val"), None, False, 3)]
+    assert [len(elements) for elements in alone] == [1, 1, 1]
 
 
 def test_labels_are_those_of_the_whole_texts(texts, byte_tokenizer, views) -> None:

@@ -110,6 +110,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self.questions = {name: read_choices(path) for name, path in self.choices.items()}
         self._choice_documents: dict[str, list[ChoiceDocument]] = {}
         self.tokenizer: TextTokenizer | None = None
+        self.reads_captions = True  # the module does
         self.mixture: Mixture | None = None
         self.layout: StepLayout | None = None  # of training
         self.bad_records = BadRecords(max_bad_share)
@@ -203,13 +204,17 @@ class MultimodalDataModule(L.LightningDataModule):
         texts = load_texts(self.text_corpora)
         pictures = Concatenated([load_split(corpus, "train") for corpus in self.image_corpora])
         # of weights that have been loaded, or made here
-        self.tokenizer = module.text_tokenizer or make_tokenizer(self.tokenizer_file, texts, pictures, self.vocab_size)
+        self.reads_captions = getattr(module, "reads_captions", True)
+        of_tokenizer = (self.tokenizer_file, texts, pictures if self.reads_captions else [], self.vocab_size)
+        self.tokenizer = module.text_tokenizer or make_tokenizer(*of_tokenizer)
         check_vocab_size(self.tokenizer, module.model_vocab_size)
         share, images = self.image_share if texts else 1.0, None
         if self.image_corpora:
-            pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
-            check_rows(shape, pictures, self.tokenizer, share, alone=not texts)
-            chances = (self.caption_first, self.caption_drop, self.image_first_noise_limit)
+            order = (self.caption_first, self.caption_drop) if self.reads_captions else (1.0, 1.0)  # first, and dropped
+            if self.reads_captions:
+                pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
+                check_rows(shape, pictures, self.tokenizer, share, alone=not texts)
+            chances = (*order, self.image_first_noise_limit)
             images = CaptionedDocuments(pictures, self.tokenizer, self.seed, *chances, self.image_weights)
         piece_bytes = max(2048, 4 * self.seq_len)
         pieces = TextPieces(texts, self.tokenizer, piece_bytes, self.text_weights) if texts else None
@@ -232,7 +237,8 @@ class MultimodalDataModule(L.LightningDataModule):
         for corpus in self.image_corpora:
             pictures = self.validation_pictures(corpus)
             for image_first in (False, True):
-                documents.append(caption_documents(pictures, tokenizer, image_first, self.max_val_images))
+                of_captions = tokenizer if self.reads_captions else None
+                documents.append(caption_documents(pictures, of_captions, image_first, self.max_val_images))
         layout = (shape, self.seed, self.trainer.global_rank, self.trainer.world_size, self.val_rows)
         views = [ValidationRows(view, some, *layout) for view, some in zip(self.val_views, documents, strict=True)]
         views += [ChoiceRows(name, iter(some), *layout) for name, some in self._choice_documents.items()]
@@ -246,10 +252,10 @@ class MultimodalDataModule(L.LightningDataModule):
         """The pictures of a split that generated ones are measured against, less those whose captions fit no row."""
         if (corpus.name, split) not in self._measured_pictures:
             pictures = Concatenated([load_split(corpus, split)])
-            allowed = BadRecords(max_share=1.0)  # those of training are limited
-            self._measured_pictures[corpus.name, split] = drop_long_captions(
-                pictures, self.tokenizer, self.mixture.shape, allowed
-            )
+            if self.reads_captions:
+                allowed = BadRecords(max_share=1.0)  # those of training are limited
+                pictures = drop_long_captions(pictures, self.tokenizer, self.mixture.shape, allowed)
+            self._measured_pictures[corpus.name, split] = pictures
         return self._measured_pictures[corpus.name, split]
 
     def predict_dataloader(self) -> DataLoader:

@@ -28,13 +28,16 @@ def text_documents(texts: Sequence[str], tokenizer: TextTokenizer, most: int) ->
 
 
 def caption_documents(
-    pictures: Sequence[CaptionedImage], tokenizer: TextTokenizer, image_first: bool, most: int
+    pictures: Sequence[CaptionedImage], tokenizer: TextTokenizer | None, image_first: bool, most: int
 ) -> Iterator[Document]:
-    """Each picture with its first caption, the first `most` of them."""
+    """Each picture with its first caption, or without a tokenizer alone; the first `most` of them."""
     for index in range(min(len(pictures), most)):
         picture = pictures[index]
-        caption = tokenizer.encode(picture.captions[0])
         image = Image(picture.data(), noise_limit=0.0 if image_first else 1.0)
+        if tokenizer is None:
+            yield Document((image,))
+            continue
+        caption = tokenizer.encode(picture.captions[0])
         yield Document((image, caption) if image_first else (caption, image))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tfusion.models.discriminator import PatchDiscriminator
+from tfusion.quantization import nearest_codes
 from tfusion.randomness import generator
 
 
@@ -39,7 +40,7 @@ class Autoencoder(nn.Module):
         attention: one attention layer each in the middle of encoder and decoder.
         norm_num_groups: of group norms; divides the channels of every level.
         discriminator: for the adversarial loss; None = without.
-        vocab_size: of the data's tokenizer, for captions are in its rows.
+        vocab_size: the data's, whose rows are those of any model, though no caption is in them.
         max_seq_len: the longest row.
     """
 
@@ -141,11 +142,13 @@ class VQAutoencoder(Autoencoder):
     """diffusers' `VQModel`: latents are the nearest of N codes (van den Oord et al. 2017).
 
     A code that no position has used for `restart_after` optimizer steps is dead: `restart` puts it on a vector of the
-    encoder. All are dead at the beginning, so the first step's vectors become the codebook.
+    encoder. At the beginning that is counted as past: codes that the first step does not use are put on its vectors at
+    once, the others learn from where their seed has put them.
 
     Args:
         codebook_size: N (paper: 16,384).
         commitment: beta, of the term that moves vectors to codes; the one that moves codes weighs 1 (paper: 0.25).
+            diffusers' own loss, which is not used, puts it on the other one.
         restart_after: optimizer steps without use.
     """
 
@@ -174,8 +177,8 @@ class VQAutoencoder(Autoencoder):
             raise ValueError(
                 f"got codebook_size {codebook_size} and restart_after {restart_after}, expected at least 2 and 1"
             )
-        # diffusers' default puts beta on the term that moves codes
-        self.network.quantize.legacy, self.network.quantize.beta = False, commitment
+        if not commitment >= 0:
+            raise ValueError(f"got commitment {commitment}, expected 0.25 (the paper's), or another number from 0 on")
         self.codebook_size, self.commitment, self.restart_after = codebook_size, commitment, restart_after
         self.register_buffer("unused_steps", torch.empty(codebook_size, dtype=torch.int64, device="meta"))
 
@@ -184,9 +187,11 @@ class VQAutoencoder(Autoencoder):
         vectors = self.network.quant_conv(self.network.encoder(images))  # (I, D, h, w)
         with torch.autocast(images.device.type, enabled=False):
             vectors = vectors.float()
-            latents, _, (_, _, ids) = self.network.quantize(vectors)  # its loss is a mean over empty slots, too
+            embedding = self.network.quantize.embedding
+            ids = nearest_codes(vectors.movedim(1, -1).flatten(0, -2), embedding.weight)  # (I h w,)
             ids = ids.view(len(images), *vectors.shape[2:])
-            codes = self.network.quantize.embedding(ids).movedim(-1, 1)  # (I, D, h, w)
+            codes = embedding(ids).movedim(-1, 1)  # (I, D, h, w)
+            latents = vectors + (codes - vectors).detach()
             # van den Oord et al., eq. 3: ||sg[z] - e||^2 + beta ||z - sg[e]||^2
             codebook = (codes - vectors.detach()).square() + self.commitment * (vectors - codes.detach()).square()
         return Coded(latents, codebook.flatten(1).mean(1), ids, vectors)
@@ -199,19 +204,36 @@ class VQAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def count_use(self, use: Tensor) -> Tensor:
-        """Note which codes a step used, by the (N,) number of positions of each; returns the dead ones (n,) int64."""
+        """Note which codes a step used, by the (N,) number of positions of each; returns which are dead (N,) bool."""
         self.unused_steps.add_(1).mul_(use == 0)
-        return (self.unused_steps >= self.restart_after).nonzero()[:, 0]
+        return self.unused_steps >= self.restart_after
 
     @torch.no_grad()
-    def restart(self, dead: Tensor, vectors: Tensor, seed: tuple[int | str, ...]) -> Tensor:
-        """Put dead codes (n,) on vectors drawn from (M, D) of the encoder, none twice while there are enough.
+    def restart(self, dead: Tensor, vectors: Tensor, valid: Tensor, seed: tuple[int | str, ...]) -> Tensor:
+        """Put dead codes on vectors drawn from the encoder's, none twice while there are enough.
+
+        All shapes are fixed and nothing waits for the device; vectors that do not count change no choice.
+
+        Args:
+            dead: (N,) bool.
+            vectors: (M, D).
+            valid: (M,) bool, which of them count.
+            seed: of the choice.
 
         Returns:
-            (n, D) the codes' new vectors.
+            (N,) bool, codes that have moved: the dead ones, or none where no vector counts.
         """
-        order = torch.randperm(len(vectors), generator=generator(*seed)).to(vectors.device)
-        chosen = vectors[order[torch.arange(len(dead), device=order.device) % len(order)]]
-        self.network.quantize.embedding.weight[dead] = chosen
-        self.unused_steps[dead] = 0
-        return chosen
+        count = valid.sum()
+        draws = torch.rand(len(vectors), generator=generator(*seed))
+        if vectors.is_cuda:
+            draws = draws.pin_memory()  # a copy from pageable memory may wait for the device
+        nth = (valid.cumsum(0) - 1).clamp(min=0)  # of those that count
+        draws = draws.to(vectors.device, non_blocking=True)[nth]
+        order = draws.masked_fill(~valid, torch.inf).argsort(stable=True)
+        nth_dead = (dead.cumsum(0) - 1).clamp(min=0)
+        chosen = vectors[order[nth_dead % count.clamp(min=1)]]  # (N, D)
+        moved = dead & (count > 0)
+        weight = self.network.quantize.embedding.weight
+        weight.copy_(torch.where(moved[:, None], chosen, weight))
+        self.unused_steps.masked_fill_(moved, 0)
+        return moved

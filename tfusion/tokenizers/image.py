@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from tfusion.quantization import nearest_codes
 from tfusion.tokenizers.autoencoder_folder import fingerprint_of, load_config, load_frozen
 
 
@@ -232,7 +233,7 @@ class VQTokenizer(AutoencoderTokenizer):
     def _encode(self, images: Tensor) -> Tensor:
         """Ids of the nearest codes."""
         vectors = self._network.encode(images).latents.float()  # (n, D, h, w)
-        *_, (_, _, ids) = self._network.quantize(vectors)  # (n h w,)
+        ids = nearest_codes(vectors.movedim(1, -1).flatten(0, -2), self._network.quantize.embedding.weight)  # (n h w,)
         return ids.view(len(vectors), 1, *vectors.shape[2:]).float()
 
     def _decode(self, latents: Tensor) -> Tensor:

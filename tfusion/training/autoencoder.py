@@ -2,9 +2,10 @@
 
 L = L1 + perceptual + 0.5 adversarial + regularisation, which is 1e-6 KL or the codebook's loss (Transfusion §4.1 and
 appendix A). One optimizer, one backward: the autoencoder's adversarial term sees a discriminator of fixed weights, the
-discriminator's own term sees pictures that are not traced back, so neither's gradient gets into the other.
+discriminator's own term sees pictures that are not traced back, so neither's gradient gets into the other; each is
+clipped by its own norm.
 
-Legend: I image slots, S a picture's side, C, h, w latents, A micro-batches a step, W ranks.
+Legend: I image slots, S a picture's side, C, h, w latents.
 """
 
 from __future__ import annotations
@@ -22,41 +23,51 @@ from tfusion.metrics import Reference
 from tfusion.models.autoencoder import Autoencoder, Coded, VQAutoencoder
 from tfusion.sequence import Batch
 from tfusion.training.autoencoder_export import export
-from tfusion.training.autoencoder_losses import Perceptual, PerceptualWeights, adversarial, hinge, l1
+from tfusion.training.autoencoder_losses import VGG_FILE, Perceptual, PerceptualWeights, adversarial, hinge, l1
 from tfusion.training.autoencoder_validation import AutoencoderValidation
 from tfusion.training.base import TrainedModule
 from tfusion.training.codebook import StepCodes, statistics
+from tfusion.training.optim import clip_gradients
 from tfusion.training.validation_log import log_validation
 
 
 class AutoencoderModule(TrainedModule):
-    """Train a `KLAutoencoder` or a `VQAutoencoder` on the pictures of captioned corpora.
+    """Train a `KLAutoencoder` or a `VQAutoencoder` on the pictures of captioned corpora; captions are not read.
 
     In fit each validation writes `autoencoder/` in the run folder, which `VAETokenizer` or `VQTokenizer` reads, and
     `samples/step=NNNNNNN.png`, originals above what came back.
 
     Args:
         model: the autoencoder, with or without a discriminator.
-        perceptual: LPIPS: `cached` = if its weights are on this machine, `download`, or `off`.
-        perceptual_weight: of LPIPS (paper: 1).
-        gan_weight: of the adversarial term (paper: 0.5).
-        gan_start: the step from which on there is one (paper: 50,000).
-        kl_weight: of the KL, summed over an image's latents (paper: 1e-6); L1 is a mean over pixels.
-        codebook_weight: of the codebook's loss, a mean over vectors (paper: 1).
+        perceptual: LPIPS: `cached` = if its weights are on this machine, `download`, or `off`. A resume with `cached`
+            where that differs from the checkpoint is refused.
+        perceptual_weight: of LPIPS; None = the paper's, 1.
+        gan_weight: of the adversarial term, of a model with a discriminator; None = the paper's, 0.5.
+        gan_start: the step from which on there is one; None = the paper's, 50,000.
+        kl_weight: of a `KLAutoencoder`'s KL; None = the paper's, 1e-6. Both it and L1 are means over pictures; of a
+            picture, the KL is summed over its C h w latents, in nats, L1 is a mean over its 3 S^2 values. (The paper
+            does not say which reading its 1e-6 is of. Latent diffusion's code sums L1, too, so there the same number
+            weighs 3 S^2 times less beside L1: 196,608 times at 256 x 256.)
+        codebook_weight: of a `VQAutoencoder`'s codebook loss, a mean over vectors; None = the paper's, 1.
         lr, betas, eps, weight_decay, warmup_steps, final_lr_share: as `TransfusionModule`'s; the discriminator's too.
         ema: keep an average of the weights, which is what is validated and exported.
         seed: of the initial weights, and of what dead codes restart from.
+
+    Raises:
+        ValueError: a number below 0, or one of a part that the model does not have.
     """
+
+    reads_captions = False
 
     def __init__(
         self,
         model: Autoencoder,
         perceptual: PerceptualWeights = "cached",
-        perceptual_weight: float = 1.0,
-        gan_weight: float = 0.5,
-        gan_start: int = 50_000,
-        kl_weight: float = 1e-6,
-        codebook_weight: float = 1.0,
+        perceptual_weight: float | None = None,
+        gan_weight: float | None = None,
+        gan_start: int | None = None,
+        kl_weight: float | None = None,
+        codebook_weight: float | None = None,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.5, 0.9),
         eps: float = 1e-8,
@@ -67,16 +78,18 @@ class AutoencoderModule(TrainedModule):
         seed: int = 0,
     ) -> None:
         super().__init__(model, None, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed)
-        vq = isinstance(model, VQAutoencoder)
+        vq, gan = isinstance(model, VQAutoencoder), model.discriminator is not None
         self.regularisation = "codebook" if vq else "kl"  # its name in metrics
         self.weights = {
             "l1": 1.0,
-            "perceptual": perceptual_weight,
-            "adversarial": gan_weight,
+            "perceptual": _own("perceptual_weight", perceptual_weight, 1.0, perceptual != "off", "with perceptual off"),
+            "adversarial": _own("gan_weight", gan_weight, 0.5, gan, "of a model without a discriminator"),
             "discriminator": 1.0,  # a task of its own
-            self.regularisation: codebook_weight if vq else kl_weight,
         }
-        self.gan_start = gan_start
+        kl = _own("kl_weight", kl_weight, 1e-6, not vq, "of a VQAutoencoder, which has no KL")
+        codebook = _own("codebook_weight", codebook_weight, 1.0, vq, "of a KLAutoencoder, which has no codebook")
+        self.weights[self.regularisation] = codebook if vq else kl
+        self.gan_start = _own("gan_start", gan_start, 50_000, gan, "of a model without a discriminator")
         self.perceptual = Perceptual(perceptual)
         self.codes = StepCodes(seed) if vq else None
         self._sums: dict[str, Tensor] = {}  # of the step's micro-batches
@@ -113,6 +126,24 @@ class AutoencoderModule(TrainedModule):
         super().configure_model()
         self.perceptual.load(self.trainer.strategy.root_device)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also whether there is a perceptual loss: `cached` leaves that to the machine."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["perceptual"] = self.perceptual.load(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another loss because this is another machine."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is None or self.trainer.state.fn != "fit" or self.perceptual.weights != "cached":
+            return
+        here = self.perceptual.load(self.trainer.strategy.root_device)
+        if checkpoint.get("perceptual", here) != here:  # older ones do not say
+            was, remedy = ("without", f"has {VGG_FILE}") if here else ("with", f"has no {VGG_FILE}: put it there")
+            raise ValueError(
+                f"the checkpoint was trained {was} a perceptual loss, and perceptual is cached on a machine that "
+                f"{remedy}. Set perceptual to off to go on without, or to download to go on with it"
+            )
+
     def _pictures(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(I, 3, S, S) in [-1, 1], and as many normal numbers as there are latents (I, C, h, w)."""
         if batch.images is None:
@@ -140,22 +171,18 @@ class AutoencoderModule(TrainedModule):
         if discriminator is not None and self.trainer.global_step >= self.gan_start:
             parts["adversarial"] = adversarial(discriminator, reconstructed)
             parts["discriminator"] = hinge(discriminator, reconstructed, images)
-        count = batch.step_counts[1].clone()
-        if self.trainer.world_size > 1:
-            dist.all_reduce(count)
-        count = count.clamp(min=1)
+        count = self.global_counts(batch)[1].clamp(min=1)
         means = {name: (each * batch.image_valid).sum() / count for name, each in parts.items()}
         loss = sum(self.weights[name] * mean for name, mean in means.items())
         if discriminator is not None and "discriminator" not in parts:
             # before its time it has a gradient of 0, for DDP waits for one
             loss = loss + 0.0 * sum(parameter.sum() for parameter in discriminator.parameters())
 
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        first = self.is_first(batch_idx)
         self._keep(means, loss, batch, first)
         if self.codes is not None:
             self.codes.add(coded, batch.image_valid, self.model.codebook_size, first)
-        # Lightning divides by A, DDP by W
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return self.scaled(loss)
 
     def _keep(self, means: dict[str, Tensor], loss: Tensor, batch: Batch, first: bool) -> None:
         """Add up what a logging step reports."""
@@ -167,7 +194,19 @@ class AutoencoderModule(TrainedModule):
         """Set the learning rate; put dead codes on vectors of this step."""
         super().on_before_optimizer_step(optimizer)
         if self.codes is not None:
-            self.codes.restart_dead(self.model, self.ema_model, self.trainer.global_step)
+            self.codes.restart_dead(self.model, self.ema_model, optimizer, self.trainer.global_step)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip autoencoder and discriminator each by its own norm, and keep the autoencoder's."""
+        limits = (gradient_clip_val, gradient_clip_algorithm)
+        self.grad_norm = clip_gradients(self.model.network.parameters(), *limits)
+        if self.model.discriminator is not None:
+            clip_gradients(self.model.discriminator.parameters(), *limits)
 
     def step_metrics(self) -> dict[str, float]:
         """Of the step that just ended, global; collective, and it waits for the device."""
@@ -207,3 +246,14 @@ class AutoencoderModule(TrainedModule):
         self._validation.write_sheet(root / "samples" / f"step={trainer.global_step:07d}.png")
         latents = self._validation.latent_statistics() if self.codes is None else None
         export(self.evaluation_model, root / "autoencoder", latents)
+
+
+def _own(name: str, given: float | None, default: float, used: bool, why: str) -> float:
+    """A setting, or what it is where nothing is said; raises ValueError where it is below 0, or would do nothing."""
+    if given is None:
+        return default
+    if not used:
+        raise ValueError(f"got {name} {given} {why}: it would do nothing, leave it out or set it to null")
+    if not given >= 0:
+        raise ValueError(f"got {name} {given}, expected a number from 0 on, or null for the paper's, {default:g}")
+    return given

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.func import functional_call
 
@@ -61,7 +62,7 @@ class Perceptual:
             path = Path(torch.hub.get_dir(), "checkpoints", VGG_FILE)
             if self.weights == "download" or path.is_file():
                 self._network = _lpips().to(device)
-            else:
+            elif rank_zero_only.rank == 0:
                 log.warning(
                     "no perceptual loss: %s is not there. Put %s into that folder, or set perceptual to download (or "
                     "to off, to hear no more of it)",

@@ -2,6 +2,8 @@
 
 Weights and their average side by side, AdamW with its schedule and clipping, the tokenizer in the checkpoint, and
 refusals in words of checkpoints that do not fit.
+
+Legend: A micro-batches a step, W ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tfusion.sequence import Batch
@@ -82,6 +85,8 @@ class TrainedModule(L.LightningModule):
         self.labels_seen: Tensor | int = 0  # labelled positions of all steps so far, all ranks; on the device
         self.precision = "32-true"  # of generation without a trainer
         self._materialized = False
+
+    reads_captions = True  # else the datamodule leaves them out, whatever its settings of them
 
     # What the datamodule checks itself against.
     model_vocab_size = property(lambda self: self.model.vocab_size)
@@ -156,6 +161,22 @@ class TrainedModule(L.LightningModule):
     def training_flops(self, rows: int, positions: int, labels: int, images: int) -> int:
         """Model FLOPs, forward and backward, of B rows of T positions, N labels and I image slots; linear in N."""
         raise NotImplementedError
+
+    def global_counts(self, batch: Batch) -> Tensor:
+        """(2,) labelled text tokens and predicted images of the whole optimizer step; collective."""
+        counts = batch.step_counts.clone()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def is_first(self, batch_idx: int) -> bool:
+        """Whether a micro-batch is the first of its step."""
+        return batch_idx % self.trainer.accumulate_grad_batches == 0
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A micro-batch's part of the step's loss so that, once Lightning and DDP have divided it, parts add up."""
+        # Lightning divides by A, DDP and FSDP2 by W
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def count_step(self, micro_batch: Batch, labels: Tensor) -> None:
         """Take note of a step at its first micro-batch; `labels`, on the device, are those of the whole step."""

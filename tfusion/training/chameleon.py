@@ -110,7 +110,7 @@ class ChameleonModule(MultimodalModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of the global means."""
         nll, image_nll, log_z = self._losses(self.model, batch)
-        text, images = self.global_counts(batch, batch_idx)
+        text, images = self.counts_of_step(batch, batch_idx)
         ids = images * self.model.num_patches
         count = (text + ids).clamp(min=1)
         z_loss = log_z.sum() / count

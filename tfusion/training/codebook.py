@@ -52,29 +52,34 @@ class StepCodes:
         self._valid.append(valid)
 
     @torch.no_grad()
-    def restart_dead(self, model: VQAutoencoder, average: Autoencoder | None, step: int) -> None:
-        """At the end of a step; collective. The average of a code that jumped means nothing, so it jumps too.
+    def restart_dead(
+        self, model: VQAutoencoder, average: Autoencoder | None, optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        """Between backward and the optimizer's step; collective, and it waits for no device.
 
-        A dead code has no gradient, and its moments have faded: the optimizer leaves it where it is put.
+        What the average and the optimizer's moments know of a code that jumps is of where it was: the average jumps
+        too, moments become 0. So, having no gradient either, a code stays where it is put until it is used.
         """
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.use)
-        dead = model.count_use(self.use)  # alike on all ranks
-        vectors = self._all_vectors() if len(dead) else None
+        moved = model.restart(model.count_use(self.use), *self._whole_step(), ("codes", self.seed, step))
         self._vectors, self._valid = [], []
-        if vectors is None or not len(vectors):
-            return
-        chosen = model.restart(dead, vectors, ("codes", self.seed, step))
+        weight = model.network.quantize.embedding.weight
+        moments = optimizer.state.get(weight, {})  # none before the first step
+        for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
+            moments[name].masked_fill_(moved[:, None], 0)
         if average is not None:
-            average.network.quantize.embedding.weight[dead] = chosen
+            averaged = average.network.quantize.embedding.weight
+            averaged.copy_(torch.where(moved[:, None], weight, averaged))
 
-    def _all_vectors(self) -> Tensor:
-        """(M, D) of the whole step: micro-batch by micro-batch, each rank by rank, as rows are divided."""
-        found = []
-        for vectors, valid in zip(self._vectors, self._valid, strict=True):
-            whole, kept = _gathered(vectors), _gathered(valid)
-            found.append(whole[kept].movedim(1, -1).flatten(0, -2))  # (m h w, D)
-        return torch.cat(found)
+    def _whole_step(self) -> tuple[Tensor, Tensor]:
+        """Vectors (M, D) and which of them count (M,): micro-batch by micro-batch, each rank by rank, as rows are."""
+        vectors, valid = [], []
+        for own, own_valid in zip(self._vectors, self._valid, strict=True):
+            some = _gathered(own).movedim(1, -1)  # (I, h, w, D)
+            vectors.append(some.flatten(0, -2))
+            valid.append(_gathered(own_valid)[:, None, None].expand(some.shape[:-1]).flatten())
+        return torch.cat(vectors), torch.cat(valid)
 
 
 def _gathered(own: Tensor) -> Tensor:

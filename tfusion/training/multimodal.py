@@ -91,25 +91,18 @@ class MultimodalModule(TrainedModule):
                     shard(model, self.device_mesh["data_parallel"], self._computes_in_bf16())
         self.materialize(self.trainer.strategy.root_device)
 
-    def global_counts(self, batch: Batch, batch_idx: int) -> Tensor:
-        """(2,) labelled text tokens and predicted images of the whole optimizer step; collective."""
-        counts = batch.step_counts.clone()
-        if self.trainer.world_size > 1:
-            dist.all_reduce(counts)
-        if self._first(batch_idx):
+    def counts_of_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """`global_counts`, taken note of at a step's first micro-batch; collective."""
+        counts = self.global_counts(batch)
+        if self.is_first(batch_idx):
             self.count_step(batch, counts[0])
         return counts
 
-    def _first(self, batch_idx: int) -> bool:
-        """Whether a micro-batch is the first of its step."""
-        return batch_idx % self.trainer.accumulate_grad_batches == 0
-
     def add_micro_batch(self, loss: Tensor, sums: Tensor, batch_idx: int) -> Tensor:
         """Keep a micro-batch's sums, and scale its part of the step's loss as Lightning and DDP want it."""
-        first = self._first(batch_idx)
+        first = self.is_first(batch_idx)
         self.step_sums = sums if first or self.step_sums is None else self.step_sums + sums
-        # Lightning divides by A, DDP and FSDP2 by W
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return self.scaled(loss)
 
     def step_metrics(self) -> dict[str, float]:
         """Of the step that just ended, global; collective, and it waits for the device: at logging steps only."""

@@ -114,7 +114,7 @@ class TransfusionModule(MultimodalModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of the global means."""
         nll, errors, timesteps, _ = self._losses(self.model, batch)
-        counts = self.global_counts(batch, batch_idx).clamp(min=1)  # an absent modality gives loss 0
+        counts = self.counts_of_step(batch, batch_idx).clamp(min=1)  # an absent modality gives loss 0
         text_loss, diffusion_loss = nll.sum() / counts[0], errors.sum() / counts[1]
         loss = text_loss + self.diffusion_loss_weight * diffusion_loss
         losses = torch.stack([text_loss, diffusion_loss])
