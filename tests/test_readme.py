@@ -116,6 +116,23 @@ def test_own_pictures_commands(folder):
     assert json.loads(scored.splitlines()[-1])["n"] == 8
 
 
+@pytest.mark.slow
+def test_commands_of_the_papers_systems(folder):
+    """An autoencoder, a cache of its latents, a Transfusion on them, and the table, each in a few steps."""
+    few = folder / "few.yaml"  # of the training pictures; those held out are 1,000 each
+    few.write_text("data: {image_corpora: [{class_path: Shapes, init_args: {image_size: 64, num_images: 64}}]}\n")
+    steps = "--trainer.max_steps 4 --trainer.val_check_interval 4 --data.max_val_images 20"
+    run(f"{command('tfusion fit --config configs/autoencoder.yaml')} {steps}", folder)
+    run(f"{command('tfusion predict --config configs/encode.yaml')} --config few.yaml", folder)
+    assert len(list((folder / "runs/encode/latents").glob("*.parquet"))) == 3
+    table = run(
+        f"{command('python -m tfusion.bench.systems')} --only linear-16 -- {SHORT} --data.max_val_characters 2000 "
+        "--generation_metrics.num_images 2 --generation_metrics.num_captions 2 --generation_metrics.num_scenes 1",
+        folder,
+    )
+    assert re.search(r"\| transfusion-linear-16 \| 0 \| 4 \| .* \|", table), table
+
+
 def test_links_lead_somewhere():
     for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / link).exists(), link

@@ -76,5 +76,5 @@ def test_a_run_that_is_done_is_only_read_and_one_that_fails_is_named(recorded, t
     table = as_table([done, failed]).splitlines()
     assert len({line.count("|") for line in table}) == 1
     # sqrt(0.03^2 + 0.04^2) / 2
-    assert "| tiny | 0 | 20 | 2.50 | 10 | 2.5 +- 0.01 |" in table[2] and table[2].endswith("| 0.5 +- 0.03 |")
+    assert "| tiny | 0 | 20 | 2.5e+03 | 10 | 2.5 +- 0.01 |" in table[2] and table[2].endswith("| 0.5 +- 0.03 |")
     assert table[3].startswith("| broken | 0 | fit: ")

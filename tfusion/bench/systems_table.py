@@ -17,14 +17,14 @@ COLUMNS = {  # what a system does not do is left empty
 
 def as_table(results: list[dict[str, Any]]) -> str:
     """Markdown; composition is the mean over all kinds of prompts, seen and unseen."""
-    head = ["system", "seed", "steps", "PFLOPs", "train s", *COLUMNS, "composition"]
+    head = ["system", "seed", "steps", "TFLOPs", "train s", *COLUMNS, "composition"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result in results:
         cells = [result["system"], str(result["seed"])]
         if "failed" in result:
             cells += [result["failed"]] + [""] * (len(head) - 3)
         else:
-            cells += [str(result["steps"]), f"{result['train_flops'] / 1e15:.2f}", f"{result['train_s']:.0f}"]
+            cells += [str(result["steps"]), f"{result['train_flops'] / 1e12:.3g}", f"{result['train_s']:.0f}"]
             cells += [_cell(result["metrics"].get(name), result["errors"].get(name)) for name in COLUMNS.values()]
             cells.append(_composition(result["metrics"], result["errors"]))
         lines.append("| " + " | ".join(cells) + " |")
