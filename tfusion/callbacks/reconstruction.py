@@ -20,7 +20,8 @@ class ReconstructionQuality(L.Callback):
     """Log `val/<corpus>/psnr` and `val/<corpus>/ssim` of decode(encode(x)) where the image tokenizer is not pixels.
 
     The autoencoder is frozen, so the first validation of a run measures, and the later ones repeat its numbers.
-    Pictures without finite latents, which have no loss either, are left out.
+    Pictures without finite latents, which have no loss either, are left out. Of a cache of latents nothing is measured,
+    for its rows hold no pictures: the autoencoder's own run has these numbers.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,8 @@ class ReconstructionQuality(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         views = trainer.datamodule.val_views
-        known = isinstance(pl_module.image_tokenizer, PixelTokenizer) or self.findings.measurements
+        encoded = any(hasattr(corpus, "codebook_size") for corpus in trainer.datamodule.image_corpora)  # out of a cache
+        known = isinstance(pl_module.image_tokenizer, PixelTokenizer) or encoded or self.findings.measurements
         measures = not known and not trainer.sanity_checking  # a rehearsal sees some pictures only
         corpora = [view for view in views if view + GIVEN_IMAGE in views] if measures else []
         self.metrics = {corpus: Reconstruction().to(pl_module.device) for corpus in corpora}
