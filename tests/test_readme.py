@@ -120,7 +120,9 @@ def test_own_pictures_commands(folder):
 def test_commands_of_the_papers_systems(folder):
     """An autoencoder, a cache of its latents, a Transfusion on them, and the table, each in a few steps."""
     few = folder / "few.yaml"  # of the training pictures; those held out are 1,000 each
-    few.write_text("data: {image_corpora: [{class_path: Shapes, init_args: {image_size: 64, num_images: 64}}]}\n")
+    few.write_text(
+        "data: {image_corpora: [{class_path: tfusion.data.Shapes, init_args: {image_size: 64, num_images: 64}}]}\n"
+    )
     steps = "--trainer.max_steps 4 --trainer.val_check_interval 4 --data.max_val_images 20"
     run(f"{command('tfusion fit --config configs/autoencoder.yaml')} {steps}", folder)
     run(f"{command('tfusion predict --config configs/encode.yaml')} --config few.yaml", folder)
