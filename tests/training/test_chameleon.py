@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ from tests.conftest import TinyPictures
 from tests.reference.ids import BlockIds
 from tests.test_cli import CONFIG, rows, tfusion
 from tests.test_learning import NAMES, EightPictures
-from tests.training.test_equivalence import differences, state_of
+from tests.training.test_equivalence import Recorder, differences, state_of
 from tfusion import load
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.perplexity import Perplexity
@@ -115,33 +114,13 @@ def test_validation_is_that_of_loops(tiny_chameleon, tiny_data, tiny_trainer):
     assert of_all.standard_error > 0
 
 
-class Recorder(L.Callback):
-    """Keep the losses of every step; at step `stop` save and end."""
-
-    def __init__(self, path: Path, stop: int | None) -> None:
-        self.path, self.stop, self.losses, self.seen = path, stop, [], 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seen = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if trainer.global_step == self.seen:
-            return
-        self.seen = trainer.global_step
-        metrics = pl_module.step_metrics()
-        self.losses.append([metrics[f"train/{name}"] for name in ("loss", "text_loss", "image_loss", "z_loss")])
-        if self.seen in (self.stop, trainer.max_steps):
-            trainer.save_checkpoint(self.path)
-            trainer.should_stop = True
-
-
 @pytest.fixture
 def fit(tiny_chameleon, tiny_data, tiny_trainer, tmp_path):
     """`fit(accumulate, stop, resume, **data)` -> losses, path of the last state."""
     count = iter(range(100))
 
     def run(accumulate: int = 1, stop: int | None = None, resume: Path | None = None, **data: Any):
-        recorder = Recorder(tmp_path / f"{next(count)}.ckpt", stop)
+        recorder = Recorder(tmp_path / f"{next(count)}.ckpt", stop, ("loss", "text_loss", "image_loss", "z_loss"))
         trainer = tiny_trainer(STEPS, accumulate_grad_batches=accumulate, callbacks=[EMA(0.9), recorder])
         trainer.fit(tiny_chameleon(seed=3), tiny_data(**data), ckpt_path=resume, weights_only=True)
         return torch.tensor(recorder.losses, dtype=torch.float64), recorder.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ STEPS = 10
 
 
 class Recorder(L.Callback):
-    """Keep (text loss, diffusion loss) of every step; at step `stop` save and end, as an interrupted run does."""
+    """Keep some metrics of every step; at step `stop` save and end, as an interrupted run does."""
 
-    def __init__(self, path: Path, stop: int | None = None) -> None:
-        self.path, self.stop = path, stop
-        self.losses: list[tuple[float, float]] = []
+    def __init__(
+        self, path: Path, stop: int | None = None, names: Sequence[str] = ("text_loss", "diffusion_loss")
+    ) -> None:
+        self.path, self.stop, self.names = path, stop, names
+        self.losses: list[tuple[float, ...]] = []
         self.seen = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -31,7 +34,7 @@ class Recorder(L.Callback):
             return
         self.seen = trainer.global_step
         metrics = pl_module.step_metrics()
-        self.losses.append((metrics["train/text_loss"], metrics["train/diffusion_loss"]))
+        self.losses.append(tuple(metrics[f"train/{name}"] for name in self.names))
         if self.seen in (self.stop, trainer.max_steps):
             trainer.save_checkpoint(self.path)
             trainer.should_stop = True
