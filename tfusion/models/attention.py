@@ -1,7 +1,7 @@
 """Transfusion attention: the one mask rule and the one attention call, with two backends.
 
 Causal over the sequence, bidirectional inside an image, nothing across documents (Transfusion §3, figure 4). On CUDA
-the rule becomes a flex-attention block mask (blocks that nobody sees are skipped), elsewhere a boolean mask for SDPA.
+the rule becomes a flex-attention block mask (blocks that nobody sees are skipped), elsewhere what is added to scores.
 
 Legend: B rows, T queries, S keys, H heads, K head dim.
 """
@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 logger = logging.getLogger(__name__)
 Backend = Literal["flex", "sdpa"]
-Mask = Tensor | BlockMask | None  # None: everything is seen
-EXPLICIT_UP_TO = 1024  # positions a row: scores of more take too much memory
+Mask = Tensor | BlockMask | None  # bool: seen; float: added to scores; None: everything is seen
+EXPLICIT_UP_TO = 512  # positions a row, from where on SDPA is as fast and takes less memory (bench/results)
 
 
 def visible(
@@ -57,7 +57,7 @@ def training_mask(document_ids: Tensor, image_ids: Tensor, hidden: Tensor, backe
         backend: None = the one for the device.
 
     Returns:
-        a `BlockMask`, or (B, 1, T, T) bool.
+        a `BlockMask`, or (B, 1, T, T) to be added to scores, 0 or -inf: to SDPA on a CPU a bool mask costs a tenth more.
     """
     B, T = document_ids.shape
     if (backend or backend_for(document_ids.device.type)) == "flex":
@@ -68,7 +68,7 @@ def training_mask(document_ids: Tensor, image_ids: Tensor, hidden: Tensor, backe
 
         return create_block_mask(mask_mod, B, None, T, T, device=str(document_ids.device))
     index = torch.arange(T, device=document_ids.device)
-    mask = visible(
+    seen = visible(
         index[:, None],
         index[None, :],
         document_ids[:, :, None],
@@ -77,7 +77,14 @@ def training_mask(document_ids: Tensor, image_ids: Tensor, hidden: Tensor, backe
         image_ids[:, None, :],
         hidden[:, None, :],
     )
-    return mask[:, None]  # (B, 1, T, T)
+    kind = document_ids.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.get_default_dtype()
+    return as_bias(seen, dtype)[:, None]  # (B, 1, T, T)
+
+
+def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where a key is seen, else -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
@@ -85,23 +92,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
         return _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=grouped)
-    slow = query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if slow and mask is not None and query.shape[2] <= EXPLICIT_UP_TO:
-        return _explicit(query, key, value, mask)
+    if mask is not None:
+        mask = as_bias(mask, query.dtype) if mask.dtype == torch.bool else mask.to(query.dtype)
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        T = query.shape[2]
+        if T == 1 or (query.requires_grad and T <= EXPLICIT_UP_TO):
+            return _explicit(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """The same with its scores written out, in bf16: training on a CPU, where SDPA's bf16 backward is twice as slow.
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The same with its scores written out: on a CPU in bf16 SDPA's backward is slow, and for one query its forward.
 
     softmax works in fp32 inside; its inputs are rounded to bf16, as in any mixed-precision attention written out.
     """
-    groups = query.shape[1] // key.shape[1]
+    B, H, T, K = query.shape
+    groups = H // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    bias = query.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))  # (B, 1, T, S)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias  # (B, H, T, S)
-    return scores.softmax(-1) @ value
+    query, key, value = (x.reshape(B * H, -1, K) for x in (query, key, value))
+    if mask is None:
+        scores = (query * K**-0.5) @ key.transpose(1, 2)  # (B H, T, S)
+    else:
+        mask = mask.expand(B, H, T, -1).reshape(B * H, T, -1)
+        scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=K**-0.5)
+    return (scores.softmax(-1) @ value).view(B, H, T, K)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import copy
 import torch
 from torch import Tensor
 
-from tfusion.models.attention import visible
+from tfusion.models.attention import as_bias, visible
 
 
 class KVCache:
@@ -95,7 +95,7 @@ class CacheView:
         self.mask = None if one_token else self._mask(image_ids)
 
     def _mask(self, image_ids: Tensor) -> Tensor:
-        """(B, 1, T, S) bool."""
+        """(B, 1, T, S), as `training_mask`'s."""
         cache, new = self.cache, self.index
         B, T = new.shape
         columns = torch.arange(self.seen, device=new.device).expand(B, -1)
@@ -107,7 +107,7 @@ class CacheView:
             key_image = torch.cat([cache.image_ids[:, : self.seen], image_ids], 1)
             in_row = torch.cat([columns < cache.lengths[:, None], torch.ones_like(new, dtype=torch.bool)], 1)
         document = torch.where(in_row, 0, -1)[:, None, :]  # a row is one document; the rest belongs to none
-        return visible(
+        seen = visible(
             new[:, :, None],
             key_index[:, None, :],
             torch.zeros_like(document),
@@ -115,7 +115,8 @@ class CacheView:
             image_ids[:, :, None],
             key_image[:, None, :],
             torch.zeros_like(document, dtype=torch.bool),
-        )[:, None]
+        )
+        return as_bias(seen, cache.keys.dtype)[:, None]
 
     def _write(self, columns: Tensor, new: Tensor) -> None:
         """Put (B, T) or (B, H, T, K) behind what each row has."""

@@ -80,7 +80,8 @@ class Attention(nn.Module):
         q, k = rotate(qk, rotary).split([self.num_heads, self.num_kv_heads], 1)  # together: half the kernels
         if cache is not None:
             k, v = cache(layer, k, v)
-        out = attend(q, k.to(q.dtype), v.to(q.dtype), mask)  # (B, H, T, K)
+        q, k, v = (each.to(heads.dtype) for each in (q, k, v))  # norms leave autocast in fp32
+        out = attend(q, k, v, mask)  # (B, H, T, K)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
 
 
