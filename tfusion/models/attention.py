@@ -57,7 +57,7 @@ def training_mask(document_ids: Tensor, image_ids: Tensor, hidden: Tensor, backe
         backend: None = the one for the device.
 
     Returns:
-        a `BlockMask`, or (B, 1, T, T) to be added to scores, 0 or -inf: to SDPA on a CPU a bool mask costs a tenth more.
+        a `BlockMask`, or (B, 1, T, T) to be added to scores, 0 or -inf: a bool mask costs SDPA on a CPU a tenth more.
     """
     B, T = document_ids.shape
     if (backend or backend_for(document_ids.device.type)) == "flex":

@@ -173,6 +173,11 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
 
+    def compile_blocks(self) -> None:
+        """Compile each block in place: names of weights stay, and all blocks share one compiled code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def forward(
         self, x: Tensor, position_ids: Tensor, mask: Mask | None = None, cache: CacheView | None = None
     ) -> Tensor:

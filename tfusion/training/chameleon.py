@@ -42,6 +42,7 @@ class ChameleonModule(MultimodalModule):
         generation: default settings for samples and predictions.
         seed: of the initial weights.
         init_from: another run, whose weights a fresh `fit` starts from; None = from random weights.
+        compile_blocks: compile the trunk's blocks in `fit`: faster steps, after a minute of compiling at most.
 
     Raises:
         ValueError: an image tokenizer that gives no ids, or ids of another number than the model's codebook_size.
@@ -64,9 +65,10 @@ class ChameleonModule(MultimodalModule):
         generation: GenerationConfig | None = None,
         seed: int = 0,
         init_from: InitFrom | None = None,
+        compile_blocks: bool = False,
     ) -> None:
         optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
-        super().__init__(model, image_tokenizer, *optimizer, ema, generation, seed, init_from)
+        super().__init__(model, image_tokenizer, *optimizer, ema, generation, seed, init_from, compile_blocks)
         if z_loss_weight < 0:
             raise ValueError(f"got z_loss_weight {z_loss_weight}, expected 1e-5 (Chameleon's), or 0 for none")
         self.z_loss_weight = z_loss_weight

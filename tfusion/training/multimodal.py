@@ -35,6 +35,7 @@ class MultimodalModule(TrainedModule):
         image_tokenizer, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed, init_from:
             `TrainedModule`'s.
         generation: default settings for samples and predictions.
+        compile_blocks: compile the trunk's blocks in `fit`.
     """
 
     image_measure: ClassVar[str]  # the loss of an image in `validation_step`'s "errors", as it is called in metrics
@@ -56,10 +57,12 @@ class MultimodalModule(TrainedModule):
         generation: GenerationConfig | None,
         seed: int,
         init_from: InitFrom | None,
+        compile_blocks: bool,
     ) -> None:
         optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
         super().__init__(model, image_tokenizer, *optimizer, ema, seed, init_from)
         self.generation = generation or GenerationConfig()
+        self.compile_blocks = compile_blocks
         self.step_sums: Tensor | None = None
         self._blank: list[MultimodalModel] = []  # under FSDP2 one, on meta: in a list, so not a part of this module
         self._whole: list[MultimodalModel] = []  # while predicting, what generates
@@ -90,6 +93,8 @@ class MultimodalModule(TrainedModule):
                 if model is not None:
                     shard(model, self.device_mesh["data_parallel"], self._computes_in_bf16())
         self.materialize(self.trainer.strategy.root_device)
+        if self.compile_blocks and self.trainer.state.fn == "fit":
+            self.model.transformer.compile_blocks()
 
     def counts_of_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """`global_counts`, taken note of at a step's first micro-batch; collective."""
@@ -145,7 +150,9 @@ class MultimodalModule(TrainedModule):
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and any(r.generate != "image" for r in parsed):
             model = by_columns(model)  # text is one vector times every matrix, token after token
         generations: list[Generation] = []
-        with torch.autocast(model.embedding.weight.device.type, enabled=False):  # predict_step runs inside Lightning's
+        device = model.embedding.weight.device.type
+        # predict_step runs inside Lightning's autocast; blocks compiled for training rows are not for a cache's shapes
+        with torch.autocast(device, enabled=False), torch.compiler.set_stance("force_eager"):
             generator = self._generator(model)
             for start in range(0, len(parsed), batch_size or max(1, len(parsed))):
                 chunk = slice(start, start + (batch_size or len(parsed)))

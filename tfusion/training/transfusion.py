@@ -52,6 +52,7 @@ class TransfusionModule(MultimodalModule):
         generation: default settings for samples and predictions.
         seed: of the initial weights.
         init_from: another run, whose weights a fresh `fit` starts from; None = from random weights.
+        compile_blocks: compile the trunk's blocks in `fit`: faster steps, after a minute of compiling at most.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class TransfusionModule(MultimodalModule):
         generation: GenerationConfig | None = None,
         seed: int = 0,
         init_from: InitFrom | None = None,
+        compile_blocks: bool = False,
     ) -> None:
         optimizer = (lr, betas, eps, weight_decay, warmup_steps, final_lr_share)
-        super().__init__(model, image_tokenizer, *optimizer, ema, generation, seed, init_from)
+        super().__init__(model, image_tokenizer, *optimizer, ema, generation, seed, init_from, compile_blocks)
         if hasattr(self.image_tokenizer, "codebook_size"):
             raise ValueError(
                 f"got an image_tokenizer of {self.image_tokenizer.codebook_size} ids, which no noise can be added to: "
