@@ -104,7 +104,7 @@ class Denoiser:
         return torch.where(inside, scale, 1.0)
 
     def _image_view(self, cache: KVCache) -> CacheView:
-        """Of one image behind what each row has, its patches beside the cache."""
+        """Of one image behind what each row has; its noisy patches stand behind the longest row."""
         return cache.view(
             self.model.seen_together(cache.lengths[:, None].expand(-1, self.model.num_patches)), write=False
         )

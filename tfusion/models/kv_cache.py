@@ -1,7 +1,7 @@
 """Static key-value cache of a batch of sequences, each of its own length.
 
-A row holds one document. Positions at or past a row's length are rubbish and never seen. Denoising reads the prefix
-without writing: the noisy patches' keys are used beside the cache and dropped.
+A row holds one document. Positions at or past a row's length are rubbish and never seen: there the keys of noisy
+patches stand while an image is denoised, behind the longest row's end, where all rows have room.
 
 Legend: L layers, B rows, S capacity, T new positions.
 """
@@ -76,8 +76,8 @@ class KVCache:
 class CacheView:
     """One forward's access to the cache: where the new positions stand and what they see.
 
-    With `write` the new keys go into the cache (the caller then calls `advance`), without it they stand beside it.
-    `mask` is for all layers; None where everything is seen.
+    With `write` the new keys are the rows' own (the caller then calls `advance`); without it they stand behind the
+    longest row, and belong to none. `mask` is for all layers; None where everything is seen.
     """
 
     def __init__(self, cache: KVCache, image_ids: Tensor, write: bool) -> None:
@@ -86,7 +86,7 @@ class CacheView:
         lengths = set(cache.row_lengths)
         self.start = lengths.pop() if len(lengths) == 1 else None  # where all rows go on, if that is one place
         self.index = cache.lengths[:, None] + torch.arange(T, device=image_ids.device)  # (B, T) index in its row
-        self.seen = cache.longest + T if write else cache.longest  # columns of the cache that are read
+        self.seen = cache.longest + T  # columns of the cache that are read
         if self.seen > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} positions a row, {self.seen} are needed")
         if write:
@@ -98,13 +98,14 @@ class CacheView:
         """(B, 1, T, S), as `training_mask`'s."""
         cache, new = self.cache, self.index
         B, T = new.shape
-        columns = torch.arange(self.seen, device=new.device).expand(B, -1)
         if self.write:
+            columns = torch.arange(self.seen, device=new.device).expand(B, -1)
             key_index, key_image = columns, cache.image_ids[:, : self.seen]
             in_row = columns < (cache.lengths + T)[:, None]
         else:
+            columns = torch.arange(cache.longest, device=new.device).expand(B, -1)
             key_index = torch.cat([columns, new], 1)
-            key_image = torch.cat([cache.image_ids[:, : self.seen], image_ids], 1)
+            key_image = torch.cat([cache.image_ids[:, : cache.longest], image_ids], 1)
             in_row = torch.cat([columns < cache.lengths[:, None], torch.ones_like(new, dtype=torch.bool)], 1)
         document = torch.where(in_row, 0, -1)[:, None, :]  # a row is one document; the rest belongs to none
         seen = visible(
@@ -133,9 +134,10 @@ class CacheView:
         if self.write:
             self._write(keys, key)
             self._write(values, value)
-            return keys[:, :, : self.seen], values[:, :, : self.seen]
-        keys = torch.cat([keys[:, :, : self.seen], key.to(keys.dtype)], 2)
-        return keys, torch.cat([values[:, :, : self.seen], value.to(values.dtype)], 2)
+        else:
+            keys[:, :, self.cache.longest : self.seen] = key
+            values[:, :, self.cache.longest : self.seen] = value
+        return keys[:, :, : self.seen], values[:, :, : self.seen]
 
     def advance(self, num_new: list[int]) -> None:
         """Count `num_new[b]` of the written positions of row b as its own; the rest was rubbish."""
