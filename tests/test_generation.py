@@ -265,4 +265,7 @@ def test_by_columns_is_the_same_model_in_another_layout():
         assert torch.equal(weight, other), name
     linear, other = model.text_head.weight, copied.text_head.weight
     assert (linear.stride(), other.stride()) == ((32, 1), (1, 261))
-    assert copied.embedding.weight is model.embedding.weight  # all but the linear layers is shared
+    shared, own = model.transformer.blocks[0].feed_forward, copied.transformer.blocks[0].feed_forward
+    assert own.gate_up_proj.weight.stride() == (1, 2 * shared.down_proj.in_features)
+    assert own.down_proj.weight is shared.down_proj.weight  # of fewer outputs: by rows as it was
+    assert copied.embedding.weight is model.embedding.weight

@@ -31,13 +31,14 @@ def bf16_copy(model: MultimodalModel) -> MultimodalModel:
 
 
 def by_columns(model: MultimodalModel) -> MultimodalModel:
-    """The same model with its matrices laid out by columns: in fp32 a CPU multiplies one vector 1.3 x faster so.
+    """The same model with matrices of more outputs than inputs laid out by columns: text is one vector times each of
+    them, token after token, and in fp32 a CPU does that 1.7 to 2.4 x faster so; the others 1.5 x slower.
 
-    Only the linear layers are copied; all else is shared with the model.
+    Only those are copied; all else is shared with the model.
     """
     memo = {id(p): p for p in model.parameters()}
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
+        if isinstance(layer, torch.nn.Linear) and layer.out_features > layer.in_features:
             weight = layer.weight.detach().t().contiguous().t()
             memo[id(layer.weight)] = torch.nn.Parameter(weight, requires_grad=False)
     return copy.deepcopy(model, memo)

@@ -27,6 +27,13 @@ def default_hidden_dim(dim: int) -> int:
     return -(-8 * dim // 3 // multiple) * multiple
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the type of its weights: under autocast inputs may be in bf16, for which it has no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Rotary(nn.Module):
     """Rotary position tables (RoFormer eq. 34), halves rotated as in Llama; fp32, filled by `fill_buffers`."""
 
@@ -65,8 +72,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(dim, dim, bias=False)
         self.qk_norm = qk_norm
         if qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, eps=norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=norm_eps)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None
@@ -113,9 +120,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_order = norm_order
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention_norm = RMSNorm(dim, eps=norm_eps)
         self.attention = Attention(dim, num_heads, num_kv_heads, qk_norm, norm_eps)
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.feed_forward_norm = RMSNorm(dim, eps=norm_eps)
         self.feed_forward = FeedForward(dim, hidden_dim)
 
     def forward(
@@ -171,7 +178,7 @@ class Transformer(nn.Module):
         self.rotary = Rotary(self.head_dim, max_seq_len, rope_theta)
         sizes = (dim, num_heads, num_kv_heads, hidden_dim, qk_norm, norm_eps, norm_order)
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.norm = RMSNorm(dim, eps=norm_eps)
 
     def compile_blocks(self) -> None:
         """Compile each block in place: names of weights stay, and all blocks share one compiled code."""
