@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.models.test_attention import random_layout
+from tfusion.models.attention import training_mask
+from tfusion.models.transformer import Transformer
 from tfusion.requests import GenerationConfig
 
 STEPS = 6
@@ -44,3 +47,25 @@ def test_compiled_equals_eager_and_compiles_once(tiny_module, tiny_data, tiny_tr
     assert watch.graphs == [watch.graphs[0]] * STEPS  # neither other rows nor a cache compile anything
     assert watch.losses == pytest.approx(eager.losses, rel=1e-5)
     assert list(compiled_weights) == list(weights)
+
+
+def test_flex_in_compiled_blocks_equals_sdpa_and_compiles_once():
+    """A new block mask each time, without gradients: for those flex has no kernel on CPU."""
+    torch._dynamo.reset()
+    counters.clear()
+    trunk = Transformer(32, 2, 2, max_seq_len=256, qk_norm=True)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.normal_(generator=draws).mul_(0.2)
+    trunk.rotary.fill_buffers()
+    trunk.compile_blocks()
+    x, places = torch.randn(2, 256, 32, generator=draws), torch.arange(256).expand(2, -1)
+    for seed in range(3):
+        ids = random_layout(2, 256, seed)
+        with torch.no_grad():
+            ours = trunk(x, places, training_mask(*ids, "flex"))
+            with torch.compiler.set_stance("force_eager"):
+                expected = trunk(x, places, training_mask(*ids, "sdpa"))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -91,7 +91,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """Masked attention, (B, H, T, K) over (B, H_kv, S, K); H_kv divides H (grouped keys)."""
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
-        return _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=grouped)
+        if not torch.compiler.is_compiling():
+            return _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=grouped)
+        # As whole tensors: inductor's CPU kernel (torch 2.14) reads the halves of a rotated split wrong
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
     if mask is not None:
         mask = as_bias(mask, query.dtype) if mask.dtype == torch.bool else mask.to(query.dtype)
     few = query.shape[2] * key.shape[2] <= EXPLICIT_UP_TO
