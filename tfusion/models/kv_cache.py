@@ -125,8 +125,11 @@ class CacheView:
         if self.start is not None:
             columns.narrow(dim, self.start, new.shape[dim]).copy_(new)  # one place: one copy
             return
-        index = self.index if dim == 1 else self.index[:, None, :, None].expand_as(new)
-        columns.scatter_(dim, index, new.to(columns.dtype))
+        rows, new = torch.arange(len(new), device=new.device)[:, None], new.to(columns.dtype)
+        if dim == 1:
+            columns[rows, self.index] = new
+        else:  # (scatter_ would copy all columns and back)
+            columns[rows, :, self.index] = new.transpose(1, 2)
 
     def __call__(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that the new positions may see; (B, H, T, K) -> (B, H, S, K)."""
