@@ -14,13 +14,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
-from tfusion.bench.setting import DEVICE, Sizes
-
-PACKAGE = "diffusers"
+from tfusion.bench.setting import DEVICE, Sizes, parameters_of
 
 
 class Pixels:
@@ -34,7 +33,11 @@ class Pixels:
 
 
 class Dit:
-    """The model in its pipeline, and what is timed of it."""
+    """The model in its pipeline, and what is timed of it.
+
+    Attributes:
+        about: which model it is, for the report.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
         channels, side, _ = sizes.latent_shape
@@ -44,10 +47,18 @@ class Dit:
             attention_head_dim=sizes.dim // sizes.heads,
             num_layers=sizes.layers,
             in_channels=channels,
+            out_channels=channels,  # no learned variance
             sample_size=side,
             patch_size=sizes.patch_size,
         )
-        self.model.to(DEVICE, torch.bfloat16 if sizes.dtype == "bf16" else torch.float32).eval()
+        self.model.to(DEVICE).eval()
+        if sizes.dtype == "bf16":
+            self.model.bfloat16()
+        self.about = {
+            "package": "diffusers",
+            "version": diffusers.__version__,
+            "params": parameters_of(self.model),
+        }
         self.pipeline = DiTPipeline(self.model, Pixels(), DDIMScheduler())
         self.pipeline.set_progress_bar_config(disable=True)  # no progress bars among the JSON
 

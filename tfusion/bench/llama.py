@@ -15,14 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LogitsProcessor
 
-from tfusion.bench.setting import DEVICE, Sizes
+from tfusion.bench.setting import DEVICE, Sizes, parameters_of
 from tfusion.models.transformer import default_hidden_dim
 from tfusion.sequence import BOS_ID, NUM_SPECIAL_IDS
 
-PACKAGE = "transformers"
 COMPILER = "inductor"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,6 +45,7 @@ class Llama:
         max_seq_len: positions of prompt and text together.
 
     Attributes:
+        about: which model it is, for the report.
         calls: how often it ran in the last call of each way.
     """
 
@@ -63,6 +64,11 @@ class Llama:
             eos_token_id=None,  # no text ends before it must
         )
         self.model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[sizes.dtype]).to(DEVICE).eval()
+        self.about = {
+            "package": "transformers",
+            "version": transformers.__version__,
+            "params": parameters_of(self.model),
+        }
         self.calls: dict[str, int] = {}
 
     def writers(self, prompts: Tensor, num_tokens: int) -> dict[str, Callable[[], Tensor]]:
