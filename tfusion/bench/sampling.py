@@ -10,10 +10,9 @@
   `forward_s`: of a plain forward of the same patches, without a cache (`evaluations.py`), in turn with the images;
   `evaluation_to_forward` is the first over the second, and `matmul_share` what the forward reaches of
   `matmul_flops_per_s`, the rate of a square product of the same type in the same run.
-- `--peer`: two others in turn. `peer` is transfusion-pytorch, each of its three samplers, `ratio_to_peer` the seconds an
-  image of the `best` of them to ours; `dit` is a `diffusers` DiT of the same size in its pipeline (`dit.py`: what
-  differs), `ratio_to_dit` the same of it, and `evaluation_ratio_to_dit` of one evaluation. All of medians, but
-  `fastest_...`.
+- `--peer`: two others in turn. `peer` is transfusion-pytorch, each of its three samplers, `ratio_to_peer` the seconds
+  an image of the `best` of them over ours; `dit` is a `diffusers` DiT of the same size in its pipeline (`dit.py`: what
+  differs), `ratio_to_dit` the same of it, `evaluation_ratio_to_dit` of one evaluation. Of medians, but `fastest_...`.
 
 Ours is `TransfusionModule.generate`; in bf16 it runs on one bf16 copy of the weights, made within what is timed.
 """

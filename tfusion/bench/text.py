@@ -3,7 +3,7 @@
     python -m tfusion.bench.text --dim 384 --layers 6 --heads 8 --vocab 256 --prompt-len 32 --new-tokens 128 --peer
 
 - `tokens_per_s`: new tokens of all samples over the median seconds from request to text; greedy.
-- `one`: with a batch, the first of its requests alone, in turn with all of them; `ratio_to_one` is what the batch gains.
+- `one`: with a batch, its first request alone, in turn with all of them; `ratio_to_one`: what the batch gains.
 - `matmul_flops_per_s`: the rate of a square product of the same type, measured in the same run.
 - `--peer`: two others in turn, behind the same prompts. `peer` is transfusion-pytorch with its key-value cache,
   `ratio_to_peer` ours to its; `llama` is `transformers`' Llama of the same size with its static cache (`llama.py`), in
