@@ -63,7 +63,7 @@ def test_only_one_way_of_llama_is_compiled(sizes: Sizes, monkeypatch: pytest.Mon
     """Once, for the forward of one token, and not again in a second call."""
     compiled: list[torch.Size] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], **options):
         compiled.append(next(i.shape for i in inputs if i.dtype == torch.long and i.ndim == 2))
         return graph.forward
 
