@@ -1,4 +1,4 @@
-"""The three speed benches at tiny sizes: what they print hangs together. Nothing here depends on how long it took."""
+"""The speed benches at tiny sizes: what they print hangs together. Nothing here depends on how long it took."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tfusion.bench import sampling, text, train_step
+from tfusion.bench import llama, sampling, text, train_step
 from tfusion.bench.flops import matmul_rate
 from tfusion.bench.setting import PRECISIONS, Sizes, in_turn, our_module, parser, sizes_of
 
@@ -83,7 +83,9 @@ def test_sampling(dtype: str, capsys: pytest.CaptureFixture) -> None:
     assert result["nfe"] == 3, "network evaluations an image"
     assert 0 < result["fastest_s_per_image"] <= result["s_per_image"]
     assert (result["guidance"], result["prompt_len"], result["dtype"]) == (3, 4, dtype)
-    assert "ratio" not in result
+    assert result["evaluation_to_forward"] == pytest.approx(result["evaluation_s"] / result["forward_s"])
+    assert result["matmul_share"] > 0
+    assert not [name for name in result if name in ("peer", "dit") or "ratio" in name]
 
 
 @pytest.mark.parametrize("dtype", list(PRECISIONS))
@@ -91,7 +93,9 @@ def test_text(dtype: str, capsys: pytest.CaptureFixture) -> None:
     result = printed(text, capsys, "--prompt-len", "4", "--new-tokens", "7", "--dtype", dtype)
     assert result["new_tokens"] == 7, "no sample ends before it must"
     assert 0 < result["tokens_per_s"] <= result["fastest_tokens_per_s"]
-    assert "ratio" not in result
+    assert result["ratio_to_one"] == pytest.approx(result["tokens_per_s"] / result["one"]["tokens_per_s"])
+    assert result["matmul_flops_per_s"] > 0
+    assert not [name for name in result if name in ("peer", "llama") or name.endswith(("_peer", "_llama"))]
 
 
 @needs_peer
@@ -115,14 +119,24 @@ def test_sampling_beside_the_peer(capsys: pytest.CaptureFixture) -> None:
         assert figures["calls"] <= 2 * 3 + 2
     best = min(samplers, key=lambda name: samplers[name]["s_per_image"])
     assert result["peer"]["best"] == best
-    assert result["ratio"] == pytest.approx(samplers[best]["s_per_image"] / result["s_per_image"])
+    assert result["ratio_to_peer"] == pytest.approx(samplers[best]["s_per_image"] / result["s_per_image"])
+    assert result["dit"]["calls"] == result["nfe"] == 3, "both rows in one"
+    assert result["ratio_to_dit"] == pytest.approx(result["dit"]["s_per_image"] / result["s_per_image"])
+    ratio = result["dit"]["evaluation_s"] / result["evaluation_s"]
+    assert result["evaluation_ratio_to_dit"] == pytest.approx(ratio)
 
 
 @needs_peer
-def test_text_beside_the_peer(capsys: pytest.CaptureFixture) -> None:
+def test_text_beside_the_peers(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "COMPILER", "eager")  # traced, but no code made of it: that takes a minute
     result = printed(text, capsys, "--prompt-len", "4", "--new-tokens", "7", "--peer")
     assert result["peer"]["calls"] == result["new_tokens"] == 7
-    assert result["ratio"] == pytest.approx(result["tokens_per_s"] / result["peer"]["tokens_per_s"])
+    assert result["ratio_to_peer"] == pytest.approx(result["tokens_per_s"] / result["peer"]["tokens_per_s"])
+    ways = {name: result["llama"][name] for name in ("eager", "compiled")}
+    assert [figures["calls"] for figures in ways.values()] == [7, 7]
+    assert result["llama"]["best"] == max(ways, key=lambda name: ways[name]["tokens_per_s"])
+    fastest = max(figures["tokens_per_s"] for figures in ways.values())
+    assert result["ratio_to_llama"] == pytest.approx(result["tokens_per_s"] / fastest)
 
 
 def test_calls_are_timed_in_turn_after_the_warm_up() -> None:

@@ -1,4 +1,4 @@
-"""How long does an image take? Prints one JSON object.
+"""How long does an image take, and one evaluation of the network in it? Prints one JSON object.
 
     python -m tfusion.bench.sampling --dim 384 --layers 6 --heads 8 --vocab 256 --image-side 16 --patch-dim 48 \\
         --nfe 50 --guidance 3 --prompt-len 32 --batch 1 --dtype fp32 --peer
@@ -6,7 +6,13 @@
 - `s_per_image`: median seconds from request to picture, over the images of a batch; the sampler is Euler's.
 - `nfe`: evaluations of the network an image, as counted; with guidance the conditional and the null prompt are
   evaluated at each (ours together, the peer's one after the other).
-- `--peer`: transfusion-pytorch in turn, each of its three samplers; `ratio` is that of the fastest of them to ours.
+- `evaluation_s`: median seconds from one evaluation of the batch to the next, both rows of each image with guidance;
+  `forward_s`: of a plain forward of the same patches, without a cache (`evaluations.py`), in turn with the images;
+  `evaluation_to_forward` is the first over the second, and `matmul_share` what the forward reaches of
+  `matmul_flops_per_s`, the rate of a square product of the same type in the same run.
+- `--peer`: two others in turn. `peer` is transfusion-pytorch, each of its three samplers, `ratio_to_peer` the seconds
+  an image of the `best` of them over ours; `dit` is a `diffusers` DiT of the same size in its pipeline (`dit.py`: what
+  differs), `ratio_to_dit` the same of it, `evaluation_ratio_to_dit` of one evaluation. Of medians, but `fastest_...`.
 
 Ours is `TransfusionModule.generate`; in bf16 it runs on one bf16 copy of the weights, made within what is timed.
 """
@@ -17,47 +23,80 @@ import json
 import sys
 from typing import Any
 
+from tfusion.bench.dit import Dit
+from tfusion.bench.evaluations import Evaluations, plain_forward_flops, plain_forwards
+from tfusion.bench.flops import matmul_rate
+from tfusion.bench.llama import DTYPES
 from tfusion.bench.peer import PACKAGE, Peer
 from tfusion.bench.setting import Sizes, in_turn, median, parameters_of, parser, prompts_of, ready_to_generate, sizes_of
+from tfusion.generation import bf16_copy
 from tfusion.requests import GenerationConfig
 
 
 def measure(sizes: Sizes, nfe: int, guidance: float, prompt_len: int, with_peer: bool) -> dict[str, Any]:
-    """The JSON object."""
+    """The JSON object.
+
+    Raises:
+        ValueError: fewer than 2 evaluations.
+    """
+    if nfe < 2:
+        raise ValueError(f"got --nfe {nfe}, expected at least 2: an evaluation is timed from one to the next")
     config = GenerationConfig(sampler="euler", num_inference_steps=nfe, guidance_scale=guidance)
     module = ready_to_generate(sizes, 1 + prompt_len + 2 + sizes.num_patches, config)
     texts, ids = prompts_of(sizes.batch, prompt_len)
     requests = [{"segments": [text], "generate": "image", "seed": n} for n, text in enumerate(texts)]
-    evaluations: list[None] = []  # a bf16 copy of the model keeps its hooks
-    module.model.patch_decoder.register_forward_pre_hook(lambda *_: evaluations.append(None))
+    evaluations = Evaluations(module.model.patch_decoder)
+    model = bf16_copy(module.model) if sizes.dtype == "bf16" else module.model
+    rows = sizes.batch * (1 if guidance == 1 else 2)
 
-    calls = {"ours": lambda: module.generate(requests)}
-    peer = Peer(sizes) if with_peer else None
-    if peer is not None:
-        calls |= peer.samplers(ids, nfe, guidance)
+    calls = {
+        "ours": evaluations.watch("ours", lambda: module.generate(requests)),
+        "forward": evaluations.watch("forward", plain_forwards(model, sizes.batch, rows, nfe)),
+    }
+    if with_peer:
+        peer, beside = Peer(sizes), Dit(sizes)
+        dit_evaluations = Evaluations(beside.model)
+        samplers = peer.samplers(ids, nfe, guidance)
+        calls |= samplers | {"dit": dit_evaluations.watch("dit", beside.sampler(nfe, guidance))}
     times = in_turn(calls, sizes.rounds, sizes.warmup)
-    ours = _figures(times.pop("ours"), sizes.batch)
+    evaluation_s, forward_s = (evaluations.seconds(name, sizes.warmup) for name in ("ours", "forward"))
+    rate = matmul_rate(DTYPES[sizes.dtype])
     result = sizes.report() | {
         "prompt_len": prompt_len,
         "guidance": guidance,
-        "nfe": len(evaluations) // (sizes.rounds + sizes.warmup),
-        **ours,
+        "nfe": evaluations.counts["ours"],
+        **_figures(times["ours"], sizes.batch),
+        "evaluation_s": evaluation_s,
+        "forward_s": forward_s,
+        "evaluation_to_forward": evaluation_s / forward_s,
         "params": parameters_of(module.model),
+        "matmul_flops_per_s": rate,
+        "matmul_share": plain_forward_flops(model, sizes.batch, rows) / forward_s / rate,
     }
-    if peer is None:
+    if not with_peer:
         return result
-    samplers = {name: _figures(t, sizes.batch) | {"calls": peer.calls[name]} for name, t in times.items()}
-    best = min(samplers, key=lambda name: samplers[name]["s_per_image"])
-    fastest = min(figures["fastest_s_per_image"] for figures in samplers.values())
-    return result | {
-        "peer": {"package": PACKAGE, "params": parameters_of(peer.model), "best": best, **samplers},
-        "ratio": samplers[best]["s_per_image"] / ours["s_per_image"],
-        "ratio_of_fastest": fastest / ours["fastest_s_per_image"],
+    ways = {name: _figures(times[name], sizes.batch) | {"calls": peer.calls[name]} for name in samplers}
+    best = min(ways, key=lambda name: ways[name]["s_per_image"])
+    result["peer"] = {"package": PACKAGE, "params": parameters_of(peer.model), "best": best, **ways}
+    result["dit"] = beside.about | {
+        "calls": dit_evaluations.counts["dit"],
+        **_figures(times["dit"], sizes.batch),
+        "evaluation_s": dit_evaluations.seconds("dit", sizes.warmup),
     }
+    fastest = {"fastest_s_per_image": min(figures["fastest_s_per_image"] for figures in ways.values())}
+    result |= _ratios(result, ways[best] | fastest, "peer") | _ratios(result, result["dit"], "dit")
+    return result | {"evaluation_ratio_to_dit": result["dit"]["evaluation_s"] / evaluation_s}
 
 
 def _figures(times: list[float], images: int) -> dict[str, float]:
     return {"s_per_image": median(times) / images, "fastest_s_per_image": min(times) / images}
+
+
+def _ratios(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> dict[str, float]:
+    return {
+        f"ratio_to_{name}": theirs["s_per_image"] / ours["s_per_image"],
+        f"fastest_ratio_to_{name}": theirs["fastest_s_per_image"] / ours["fastest_s_per_image"],
+    }
 
 
 def main(args: list[str] | None = None) -> None:

@@ -90,7 +90,7 @@ def parser(doc: str | None, batch: int, dtype: str, rounds: int, warmup: int) ->
     ):
         made.add_argument(f"--{name}", type=int, default=default, help=what)
     made.add_argument("--dtype", choices=list(PRECISIONS), default=dtype, help="bf16: as the trainer's bf16-mixed")
-    made.add_argument("--peer", action="store_true", help="time transfusion-pytorch in turn and print the ratio")
+    made.add_argument("--peer", action="store_true", help="time other packages in turn and print the ratios")
     return made
 
 
