@@ -69,3 +69,29 @@ def test_flex_in_compiled_blocks_equals_sdpa_and_compiles_once():
                 expected = trunk(x, places, training_mask(*ids, "sdpa"))
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_generation_equals_eager(tiny_module, byte_tokenizer):
+    """Text, pictures and both, of several lengths, in float64; what is compiled is compiled in the first call."""
+    config = GenerationConfig(num_inference_steps=2, max_new_tokens=6, guidance_scale=2.0)
+    kinds = ("text", "image", "any")
+    calls = [[{"segments": ["red" * (n + 1)], "generate": kind, "seed": n} for kind in kinds] for n in range(3)]
+    made, graphs = {}, []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        module = tiny_module(generation=config, compile_blocks=compiled, qk_norm=True).double()
+        module.materialize("cpu")
+        module.text_tokenizer = byte_tokenizer
+        module.hold_generation_model()
+        made[compiled] = []
+        for requests in calls:
+            made[compiled] += [generation.segments for generation in module.generate(requests)]
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[:3] == [0, 0, 0]
+    assert graphs[3] > 0
+    assert graphs[3:] == [graphs[3]] * 3
+    for ours, expected in zip(made[True], made[False], strict=True):
+        assert len(ours) == len(expected)
+        for a, b in zip(ours, expected, strict=True):
+            assert a == b if isinstance(a, str) else a.tobytes() == b.tobytes()

@@ -180,10 +180,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))
         self.norm = RMSNorm(dim, eps=norm_eps)
 
-    def compile_blocks(self) -> None:
-        """Compile each block in place: names of weights stay, and all blocks share one compiled code."""
+    def compile_blocks(self, dynamic: bool = False) -> None:
+        """Compile each block in place: names of weights stay, and all blocks share one compiled code.
+
+        Args:
+            dynamic: for rows of every length, as generation has them; else once for each length.
+        """
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=dynamic)
 
     def forward(
         self, x: Tensor, position_ids: Tensor, mask: Mask | None = None, cache: CacheView | None = None
