@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tfusion.models.attention import Mask, attend
 from tfusion.models.kv_cache import CacheView
@@ -33,7 +33,10 @@ SAVED_WHERE_SELECTIVE = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
 ]
-CONTEXTS = {"selective": partial(create_selective_checkpoint_contexts, SAVED_WHERE_SELECTIVE), "full": noop_context_fn}
+SETTINGS = {  # of torch's `checkpoint`
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, SAVED_WHERE_SELECTIVE)},
+    "full": {},
+}
 
 
 def default_hidden_dim(dim: int) -> int:
@@ -145,8 +148,9 @@ class Block(nn.Module):
         if checkpointing == "none":
             return self._compute(x, rotary, mask, layer, cache)
         # In here, so that a compiled block knows of it. Nothing is drawn, so no generator's state needs to be kept.
-        settings = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": CONTEXTS[checkpointing]}
-        return checkpoint(self._compute, x, rotary, mask, layer, cache, **settings)
+        settings = {"use_reentrant": False, "preserve_rng_state": False} | SETTINGS[checkpointing]
+        layer = 0  # which is the cache's, and were it passed on, each layer would be compiled for its number
+        return checkpoint(self._compute, x, rotary, mask, layer, None, **settings)
 
     def _compute(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None
@@ -186,7 +190,7 @@ class Transformer(nn.Module):
             raise ValueError(f"got norm_order {norm_order!r}, expected 'pre' or 'post'")
         if isinstance(activation_checkpointing, bool):
             activation_checkpointing = "full" if activation_checkpointing else "none"
-        if activation_checkpointing not in ("none", *CONTEXTS):
+        if activation_checkpointing not in ("none", *SETTINGS):
             raise ValueError(
                 f"got activation_checkpointing {activation_checkpointing!r}, expected 'none', 'selective' or 'full'"
             )
