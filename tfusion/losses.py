@@ -91,7 +91,8 @@ class _InChunks(torch.autograd.Function):
         hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head)
         parts = (hidden, labels, nll_grad, log_z_grad, hidden_grad)
         for h, label, of_nll, of_log_z, into in zip(*(part.split(ctx.rows) for part in parts), strict=True):
-            grad = wide(F.linear(h, weight)).softmax(-1)  # (rows, V)
+            logits = F.linear(h, weight)  # (rows, V)
+            grad = logits.softmax(-1, dtype=nll_grad.dtype)
             grad.mul_((of_nll + of_log_z)[:, None]).scatter_add_(1, label[:, None], -of_nll[:, None])
             grad = grad.to(hidden.dtype)
             torch.mm(grad, weight, out=into)
