@@ -127,26 +127,26 @@ def test_activation_checkpointing_changes_nothing_but_runs_each_block_twice(norm
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_is_kept_for_the_backward_pass(bf16: bool) -> None:
-    """Bytes a position and block, less the last block's: all of it; 4 products, attention and the input; the input."""
+    """Bytes a position that one more block takes: all of it; 4 products, attention and the input; the input."""
     B, T, D, hidden = 2, 64, 32, 128
     held, size = {}, 2 if bf16 else 4
     for checkpointing in ("none", "selective", "full"):
         for layers in (1, 2):
-            trunk = Transformer(D, layers, 2, max_seq_len=T, activation_checkpointing=checkpointing)
-            trunk.to_empty(device="cpu").rotary.fill_buffers()
-            with Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with Live() as live:
+                trunk = Transformer(D, layers, 2, max_seq_len=T, activation_checkpointing=checkpointing)
+                trunk.rotary.fill_buffers()
                 x, mask = torch.zeros(B, T, D, requires_grad=True), torch.zeros(1, 1, T, T)
                 before = live.start()
-                out = trunk(x, torch.arange(T).expand(B, -1), mask)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    out = trunk(x, torch.arange(T).expand(B, -1), mask)
                 held[checkpointing, layers] = live.alive() - before
             del out
     a_block = {name: (held[name, 2] - held[name, 1]) / (B * T) for name in ("none", "selective", "full")}
     outputs = 3 * D + D + 2 * hidden + D + D  # of qkv, attention, gate and up, o and down
     statistics = 0 if bf16 else 2 * 4  # a head's log-sum-exp, where SDPA gives it; scores written out are not kept
-    weights = a_block["none"] - a_block["selective"]
     assert a_block["full"] == 4 * D
     assert a_block["selective"] == 4 * D + size * outputs + statistics
-    assert weights > 4 * D
+    assert a_block["none"] > 1.5 * a_block["selective"]
 
 
 def like_gradients(theirs: torch.nn.Module, qk_norm: bool) -> dict[str, Tensor]:
