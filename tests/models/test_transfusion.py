@@ -139,7 +139,7 @@ def test_the_labels_losses_in_place_of_logits(model: Transfusion, rows: int, mon
     assert torch.equal(output, same)
     expected = token_nll(logits, batch.text_labels)
     close(nll, expected)
-    parameters = list(model.transformer.parameters()) + [model.embedding.weight, model.text_head.weight]
+    parameters = [*model.transformer.parameters(), model.embedding.weight, model.text_head.weight]
     for a, b in zip(*(torch.autograd.grad(each.sum(), parameters) for each in (nll, expected)), strict=True):
         close(a, b)
 
