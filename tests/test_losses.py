@@ -98,7 +98,7 @@ def test_losses_of_bf16_are_taken_in_fp32() -> None:
 def test_squared_log_z_in_closed_form_with_its_gradient() -> None:
     """log^2 Z; d/dx = 2 log Z softmax; nothing where there is no label."""
     logits = (3 * normal(6, 7)).requires_grad_()
-    values = squared_log_z(logits, LABELS)
+    values = squared_log_z(logits, LABELS, token_nll(logits, LABELS))
     labelled = LABELS != IGNORE_INDEX
     for row, label, value in zip(logits.tolist(), LABELS.tolist(), values.tolist(), strict=True):
         expected = 0.0 if label == IGNORE_INDEX else math.log(sum(math.exp(x) for x in row)) ** 2
@@ -107,4 +107,5 @@ def test_squared_log_z_in_closed_form_with_its_gradient() -> None:
     log_z = logits.detach().exp().sum(-1).log()
     expected = 2 * log_z[:, None] * logits.detach().softmax(-1) * labelled[:, None]
     torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-6)
-    assert values.dtype == torch.float32 == squared_log_z(logits.bfloat16(), LABELS).dtype
+    half = logits.bfloat16()
+    assert values.dtype == torch.float32 == squared_log_z(half, LABELS, token_nll(half, LABELS)).dtype

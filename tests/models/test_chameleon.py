@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfusion import losses
 from tfusion.models.chameleon import Chameleon
 from tfusion.models.transformer import Block, Rotary
 from tfusion.models.transfusion import Transfusion
@@ -106,6 +107,19 @@ def test_equals_the_naive_forward_with_its_gradients(model: Chameleon) -> None:
     ours = torch.autograd.grad((logits * weights * kept[:, None]).sum(), parameters)
     for a, b in zip(ours, torch.autograd.grad(sum(theirs), parameters), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_losses_in_place_of_logits(model: Chameleon, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks and whole; log^2 Z beside the nll."""
+    batch = make(PACKED)
+    logits = model(batch, batch.latents)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * (V + K) * rows)
+    labels = torch.randint(V + K, (len(logits),), generator=torch.Generator().manual_seed(0))
+    labels[::4] = IGNORE_INDEX
+    nll, log_z = model(batch, batch.latents, labels)
+    close(nll, F.cross_entropy(logits, labels, reduction="none"))
+    close(log_z, logits.logsumexp(-1).square() * (labels != IGNORE_INDEX))
 
 
 def by_place(model: Chameleon, batch: Batch, names: list[list[int]]) -> dict[tuple[int, int], Tensor]:

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unet 8": {"adapter": "unet", "adapter_channels": 64, "patch_size": 8},
     "images alone": {"predict_text": False},
     "causal": {"image_attention": "causal"},
-    "recomputed": {"activation_checkpointing": True},
+    "recomputed": {"activation_checkpointing": "full"},
 }
 
 
@@ -73,7 +73,7 @@ def test_forward_and_backward_are_what_torch_counts(name: str, countable: None) 
         model(batch, x_t, timesteps)
     assert forward_flops(model, *shape) == count()
     if name == "recomputed":
-        model.transformer.activation_checkpointing = False  # its second forward is not the model's
+        model.transformer.activation_checkpointing = "none"  # its second forward is not the model's
     with counted() as count:
         logits, output = model(batch, x_t, timesteps)
         loss = output.square().sum()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
+from tfusion.bench.live_bytes import Live
 from tfusion.models.attention import training_mask
-from tfusion.models.transformer import Rotary, Transformer, default_hidden_dim, rotate
+from tfusion.models.transformer import Checkpointing, NormOrder, Rotary, Transformer, default_hidden_dim, rotate
 from tfusion.models.transfusion import Transfusion
 from tfusion.randomness import generator, seed_from
 
@@ -97,8 +98,10 @@ def test_equals_transformers(qk_norm: bool, kv_heads: int) -> None:
         torch.testing.assert_close(gradient, parameter, rtol=1e-4, atol=1e-5 * parameter.abs().max().item())
 
 
-def test_activation_checkpointing_changes_nothing_but_runs_each_block_twice() -> None:
-    def run(**options: bool) -> tuple[list[Tensor], int]:
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+def test_activation_checkpointing_changes_nothing_but_runs_each_block_twice(norm_order: NormOrder) -> None:
+    def run(checkpointing: Checkpointing) -> tuple[list[Tensor], int]:
+        options = {"activation_checkpointing": checkpointing, "norm_order": norm_order, "qk_norm": True}
         trunk = Transformer(32, 2, 2, max_seq_len=16, **options).to_empty(device="cpu")
         for i, parameter in enumerate(trunk.parameters()):
             parameter.data = normal(*parameter.shape, seed=i) * 0.1
@@ -113,9 +116,37 @@ def test_activation_checkpointing_changes_nothing_but_runs_each_block_twice() ->
         trunk.eval()(x, position_ids)
         return [out, x.grad, *(parameter.grad for parameter in trunk.parameters())], len(calls)
 
-    kept, recomputed = run(), run(activation_checkpointing=True)
-    assert all(torch.equal(a, b) for a, b in zip(kept[0], recomputed[0], strict=True))
-    assert (kept[1], recomputed[1]) == (3, 4)
+    kept, calls = run("none")
+    assert calls == 3
+    for checkpointing in ("selective", "full"):
+        recomputed, calls = run(checkpointing)
+        assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+        assert calls == 4
+    assert run(False)[1], run(True)[1] == (3, 4)  # as they were said before there was a third way
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_is_kept_for_the_backward_pass(bf16: bool) -> None:
+    """Bytes a position that one more block takes: all of it; 4 products, attention and the input; the input."""
+    B, T, D, hidden = 2, 64, 32, 128
+    held, size = {}, 2 if bf16 else 4
+    for checkpointing in ("none", "selective", "full"):
+        for layers in (1, 2):
+            with Live() as live:
+                trunk = Transformer(D, layers, 2, max_seq_len=T, activation_checkpointing=checkpointing)
+                trunk.rotary.fill_buffers()
+                x, mask = torch.zeros(B, T, D, requires_grad=True), torch.zeros(1, 1, T, T)
+                before = live.start()
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    out = trunk(x, torch.arange(T).expand(B, -1), mask)
+                held[checkpointing, layers] = live.alive() - before
+            del out
+    a_block = {name: (held[name, 2] - held[name, 1]) / (B * T) for name in ("none", "selective", "full")}
+    outputs = 3 * D + D + 2 * hidden + D + D  # of qkv, attention, gate and up, o and down
+    statistics = 0 if bf16 else 2 * 4  # a head's log-sum-exp, where SDPA gives it; scores written out are not kept
+    assert a_block["full"] == 4 * D
+    assert a_block["selective"] == 4 * D + size * outputs + statistics
+    assert a_block["none"] > 1.5 * a_block["selective"]
 
 
 def like_gradients(theirs: torch.nn.Module, qk_norm: bool) -> dict[str, Tensor]:

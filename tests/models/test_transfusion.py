@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.attention import loop_mask
+from tfusion import losses
 from tfusion.losses import image_mse, token_nll
 from tfusion.models.transfusion import Transfusion
 from tfusion.sequence import IGNORE_INDEX, Batch, Document, Image, RowShape, collate
@@ -126,6 +127,20 @@ def test_equals_the_naive_forward_with_its_gradients(model: Transfusion) -> None
     theirs = (all_logits[batch.text_positions] * weights).sum() + (outputs * image_weights).sum()
     parameters = list(model.parameters())
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("rows", [7, 256])
+def test_the_labels_losses_in_place_of_logits(model: Transfusion, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks and whole, with the gradients of all weights; images are the same."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * V * rows)
+    batch, x_t, timesteps = make(PACKED)
+    (logits, output), (nll, same) = model(batch, x_t, timesteps), model(batch, x_t, timesteps, text_losses=True)
+    assert torch.equal(output, same)
+    expected = token_nll(logits, batch.text_labels)
+    close(nll, expected)
+    parameters = [*model.transformer.parameters(), model.embedding.weight, model.text_head.weight]
+    for a, b in zip(*(torch.autograd.grad(each.sum(), parameters) for each in (nll, expected)), strict=True):
         close(a, b)
 
 

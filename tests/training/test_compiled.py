@@ -28,7 +28,7 @@ class Watch(L.Callback):
         self.graphs.append(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_equals_eager_and_compiles_once(tiny_module, tiny_data, tiny_trainer, recompute):
     runs = {}
     for compiled in (False, True):

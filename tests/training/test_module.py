@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from tfusion.callbacks.ema import EMA
 from tfusion.requests import GenerationConfig
 from tfusion.tokenizers import VAETokenizer
+from tfusion.training.optim import adamw
 
 
 @pytest.fixture
@@ -192,3 +193,15 @@ def test_validation_speaks_the_tokenizer_of_the_weights(tiny_module, tiny_data, 
     trainer = tiny_trainer(1, limit_val_batches=1)
     trainer.validate(tiny_module(vocab_size=300), data, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert data.tokenizer.fingerprint == learned
+
+
+def test_weights_in_bf16_are_refused_for_they_would_not_move(tiny_module, tiny_data, tiny_trainer):
+    """What torch's AdamW does to them, and what a Trainer made in Python is told."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = adamw([{"params": [weight]}], 3e-4, (0.9, 0.95), 1e-8)
+    for _ in range(100):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert (weight == 1).all()  # in fp32 0.97
+    with pytest.raises(ValueError, match="'bf16-true'.*expected bf16-mixed.*FSDP2"):
+        tiny_trainer(1, precision="bf16-true").fit(tiny_module(), tiny_data())

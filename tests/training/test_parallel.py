@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.conftest import BYTES_VOCAB_SIZE, IMAGE_SIZE, TinyPictures, TinyTexts
 from tests.training.processes import RANKS, run_ranks
+from tfusion import losses
 from tfusion.callbacks.checkpoint import AtomicCheckpointIO
 from tfusion.callbacks.choices import RankedChoice
 from tfusion.callbacks.ema import EMA
@@ -30,6 +31,7 @@ from tfusion.training.parallel import check_strategy, gather_lists
 from tfusion.training.transfusion import TransfusionModule
 
 STEPS, HALF = 10, 5
+CHUNK_BYTES = losses.CHUNK_BYTES
 REQUESTS = [
     {"segments": ["red"], "generate": "image", "n": 2},
     {"segments": ["a"], "generate": "any", "temperature": 1.0},
@@ -41,10 +43,12 @@ FITS: dict[str, dict[str, Any]] = {
     "ddp_accumulated": {"strategy": "DDP", "accumulate": 2},
     "ddp_workers": {"strategy": "DDP", "workers": 2},
     "ddp_accumulated_workers": {"strategy": "DDP", "accumulate": 2, "workers": 2},
-    "ddp_recomputed": {"strategy": "DDP", "activation_checkpointing": True},
+    "ddp_recomputed": {"strategy": "DDP", "activation_checkpointing": "full"},
+    "ddp_chunked": {"strategy": "DDP", "activation_checkpointing": "selective", "chunk_rows": 9},
     "fsdp": {"strategy": "FSDP2"},
     "fsdp_accumulated": {"strategy": "FSDP2", "accumulate": 2},
-    "fsdp_recomputed": {"strategy": "FSDP2", "activation_checkpointing": True},
+    "fsdp_recomputed": {"strategy": "FSDP2", "activation_checkpointing": "full"},
+    "fsdp_chunked": {"strategy": "FSDP2", "activation_checkpointing": "selective", "chunk_rows": 9},
 }
 # After `one` and `fsdp` have saved their states at HALF: name -> whose state, and where.
 RESUMES = {"fsdp_from_one": ("one", "FSDP2"), "ddp_from_fsdp": ("fsdp", "DDP"), "fsdp_from_fsdp": ("fsdp", "FSDP2")}
@@ -127,9 +131,11 @@ def fit(
     workers: int = 0,
     ckpt_path: Path | None = None,
     precision: str = "32-true",
+    chunk_rows: int | None = None,
     **model: Any,
 ) -> None:
     """Train, validate and sample; leave in the folder what `result` reads."""
+    losses.CHUNK_BYTES = CHUNK_BYTES if chunk_rows is None else 4 * BYTES_VOCAB_SIZE * chunk_rows
     recorder = Recorder(folder)
     trainer = trainer_of(
         folder,

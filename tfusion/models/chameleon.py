@@ -17,9 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tfusion.losses import head_losses
 from tfusion.models.attention import Backend, training_mask
 from tfusion.models.base import MultimodalModel, image_positions
-from tfusion.models.transformer import NormOrder, Transformer
+from tfusion.models.transformer import Checkpointing, NormOrder, Transformer
 from tfusion.sequence import PAD_ID, Batch
 
 
@@ -41,7 +42,7 @@ class Chameleon(MultimodalModel):
         rope_theta: base of the rotary frequencies.
         norm_eps: of every RMSNorm.
         attention_backend: of training; None = flex attention on CUDA, SDPA elsewhere.
-        activation_checkpointing: keep only each block's input for the backward pass.
+        activation_checkpointing: what the backward pass computes again, as Transfusion's.
 
     Raises:
         ValueError: sizes that do not divide, or a latent_shape of other than one channel.
@@ -65,7 +66,7 @@ class Chameleon(MultimodalModel):
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
         attention_backend: Backend | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = "none",
     ) -> None:
         super().__init__()
         latent_shape = tuple(latent_shape)
@@ -95,16 +96,18 @@ class Chameleon(MultimodalModel):
             )
             self.head = nn.Linear(dim, vocab_size + codebook_size, bias=False)
 
-    def forward(self, batch: Batch, latents: Tensor) -> Tensor:
+    def forward(self, batch: Batch, latents: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """One training forward.
 
         Args:
             batch: packed rows.
             latents: (I, 1, h, w) whole numbers below K, anything in empty slots.
+            labels: (N + I P,) ids, or `IGNORE_INDEX`; None where logits are wanted.
 
         Returns:
             logits (N + I P, V + K) over all ids: at the labelled text positions, then where each image's ids are
-            predicted, at BOI the first, at each id the next.
+            predicted, at BOI the first, at each id the next. With labels, nll and log^2 Z of each instead (N + I P,),
+            and logits are never there all at once.
         """
         (B, T), P = batch.token_ids.shape, self.num_patches
         assert PAD_ID == 0, "what stands at patches: ids are added to it"
@@ -115,7 +118,8 @@ class Chameleon(MultimodalModel):
         )
         x = self.transformer(self.embedding(ids), batch.position_ids, mask).view(B * T, -1)
         predicts = torch.cat([batch.text_positions, image_positions(batch, P, shift=-1)])
-        return self.head(x.index_select(0, predicts))
+        hidden = x.index_select(0, predicts)  # (N + I P, D)
+        return self.head(hidden) if labels is None else head_losses(hidden, self.head.weight, labels)
 
     def initial_gain(self, name: str) -> float:
         """0 for norms behind attention and feed-forward, as in Swin Transformer V2: blocks begin as the identity.

@@ -2,7 +2,7 @@
 
 Counted: every matrix product and convolution where it runs, and both products of attention. Not counted: norms,
 softmax, rotary, activations, interpolation, embedding, loss, optimizer, a frozen image tokenizer; nor what activation
-checkpointing computes twice (these are the model's FLOPs, not the machine's).
+checkpointing and a loss in chunks compute twice (these are the model's FLOPs, not the machine's).
 
 Attention is counted over the whole T x T square, as SDPA computes it, though the mask hides more than half: that is
 also what systems are compared by, for it does not depend on how documents fall into rows. `attention_share` says how

@@ -8,17 +8,35 @@ Legend: B rows, T positions, D width, H heads, K head dim, F hidden width of the
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tfusion.models.attention import Mask, attend
 from tfusion.models.kv_cache import CacheView
 
 NormOrder = Literal["pre", "post"]
+Checkpointing = Literal["none", "selective", "full"] | bool  # false and true: none and full
+# What a backward pass spends its time on if it has to be computed again; the rest of a block reads and writes memory.
+# Not `baddbmm`, the scores of attention written out: (T, T) a head, they are what checkpointing is to be rid of.
+SAVED_WHERE_SELECTIVE = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+]
+SETTINGS = {  # of torch's `checkpoint`
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, SAVED_WHERE_SELECTIVE)},
+    "full": {},
+}
 
 
 def default_hidden_dim(dim: int) -> int:
@@ -126,7 +144,23 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(dim, hidden_dim)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        layer: int,
+        cache: CacheView | None = None,
+        checkpointing: Literal["none", "selective", "full"] = "none",
+    ) -> Tensor:
+        if checkpointing == "none":
+            return self._compute(x, rotary, mask, layer, cache)
+        # In here, so that a compiled block knows of it. Nothing is drawn, so no generator's state needs to be kept.
+        settings = {"use_reentrant": False, "preserve_rng_state": False} | SETTINGS[checkpointing]
+        layer = 0  # which is the cache's, and were it passed on, each layer would be compiled for its number
+        return checkpoint(self._compute, x, rotary, mask, layer, None, **settings)
+
+    def _compute(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None
     ) -> Tensor:
         if self.norm_order == "post":  # Swin Transformer V2, as Chameleon §2.3
             x = x + self.attention_norm(self.attention(x, rotary, mask, layer, cache))
@@ -155,12 +189,18 @@ class Transformer(nn.Module):
         qk_norm: bool = False,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = "none",
         norm_order: NormOrder = "pre",
     ) -> None:
         super().__init__()
         if norm_order not in ("pre", "post"):
             raise ValueError(f"got norm_order {norm_order!r}, expected 'pre' or 'post'")
+        if isinstance(activation_checkpointing, bool):
+            activation_checkpointing = "full" if activation_checkpointing else "none"
+        if activation_checkpointing not in ("none", *SETTINGS):
+            raise ValueError(
+                f"got activation_checkpointing {activation_checkpointing!r}, expected 'none', 'selective' or 'full'"
+            )
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         hidden_dim = default_hidden_dim(dim) if hidden_dim is None else hidden_dim
         if min(dim, num_layers, num_heads, num_kv_heads, hidden_dim, max_seq_len) < 1:
@@ -195,10 +235,8 @@ class Transformer(nn.Module):
         """(B, T, D) at (B, T) positions, under a mask, or under the mask of a cache."""
         mask = cache.mask if cache is not None else mask
         rotary = self.rotary(position_ids)
-        recompute = self.activation_checkpointing and cache is None and self.training and torch.is_grad_enabled()
+        learns = cache is None and self.training and torch.is_grad_enabled()
+        checkpointing = self.activation_checkpointing if learns else "none"
         for layer, block in enumerate(self.blocks):
-            if recompute:  # (nothing is drawn in a block, so no generator's state needs to be kept)
-                x = checkpoint(block, x, rotary, mask, layer, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rotary, mask, layer, cache)
+            x = block(x, rotary, mask, layer, cache, checkpointing)
         return self.norm(x)

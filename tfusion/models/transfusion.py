@@ -2,8 +2,9 @@
 
 Unusual here: heads run only where something is wanted (logits at labelled positions, latents at patches); everything
 but N is of static shape; parameters are made on the meta device and filled once, by `materialize`.
-The model knows no data, no diffusion process and no loss. The same trunk without images is a language model, without
-the text head a model of diffusion alone that reads captions: what Transfusion is compared with.
+The model knows no data and no diffusion process, and of losses only its text head's, so that logits need not exist.
+The same trunk without images is a language model, without the text head a model of diffusion alone that reads captions:
+what Transfusion is compared with.
 
 Legend: B rows, T positions, D width, I image slots, P patches, C, h, w latent size, V vocabulary, N labelled positions.
 """
@@ -16,11 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tfusion.losses import head_losses
 from tfusion.models.attention import Backend, training_mask
 from tfusion.models.base import MultimodalModel, image_positions
 from tfusion.models.conv_patches import JANUSFLOW_CHANNELS, ConvPatchDecoder, ConvPatchEncoder
 from tfusion.models.patches import LinearPatchDecoder, LinearPatchEncoder, num_patches
-from tfusion.models.transformer import Transformer
+from tfusion.models.transformer import Checkpointing, Transformer
 from tfusion.models.unet_patches import PAPER_CHANNELS, UNetPatchDecoder, UNetPatchEncoder
 from tfusion.sequence import Batch
 
@@ -52,8 +54,9 @@ class Transfusion(MultimodalModel):
         rope_theta: base of the rotary frequencies.
         norm_eps: of every RMSNorm.
         attention_backend: of training; None = flex attention on CUDA, SDPA elsewhere.
-        activation_checkpointing: keep only each block's input for the backward pass and compute the block again
-            there: less memory, a third more time.
+        activation_checkpointing: what the backward pass computes again, to need less memory: `none`; `selective`, what
+            is cheap (matrix products and attention are kept); or `full`, all of a block but its input, which takes a
+            third more time. False and true mean none and full.
 
     Raises:
         ValueError: sizes that do not divide, or a model that predicts nothing.
@@ -81,7 +84,7 @@ class Transfusion(MultimodalModel):
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
         attention_backend: Backend | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = "none",
     ) -> None:
         super().__init__()
         latent_shape = None if latent_shape is None else tuple(latent_shape)
@@ -128,7 +131,7 @@ class Transfusion(MultimodalModel):
                 self.patch_decoder = _decoder(adapter, sizes, adapter_channels)
 
     def forward(
-        self, batch: Batch, x_t: Tensor | None, timesteps: Tensor | None
+        self, batch: Batch, x_t: Tensor | None, timesteps: Tensor | None, text_losses: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
         """One training forward.
 
@@ -136,10 +139,11 @@ class Transfusion(MultimodalModel):
             batch: packed rows.
             x_t: (I, C, h, w) noised latents, zeros in empty slots; None and None for a model of text alone.
             timesteps: (I,) in [0, 1000], 0 = clean.
+            text_losses: give each label's loss instead of logits, which then are never there all at once.
 
         Returns:
-            logits (N, V) at the labelled positions, and the network's output (I, C, h, w) for the images; None for
-            what the model does not predict.
+            logits (N, V) at the labelled positions, or the labels' negative log-likelihoods (N,); and the network's
+            output (I, C, h, w) for the images. None for what the model does not predict.
         """
         B, T = batch.token_ids.shape
         x = self.embedding(batch.token_ids) * (batch.image_ids < 0)[:, :, None]  # (B, T, D)
@@ -148,7 +152,7 @@ class Transfusion(MultimodalModel):
         )
         if self.patch_encoder is None:
             x = self.transformer(x, batch.position_ids, mask).view(B * T, -1)
-            return self.text_head(x.index_select(0, batch.text_positions)), None
+            return self._text(x, batch, text_losses), None
 
         images, P = batch.image_valid.numel(), self.num_patches
         at_patches = image_positions(batch, P)  # (I P,); empty slots add zeros at position 0
@@ -157,9 +161,14 @@ class Transfusion(MultimodalModel):
         x = x.view(B * T, -1).index_add(0, at_patches, patches.flatten(0, 1).to(x.dtype))
         x = self.transformer(x.view(B, T, -1), batch.position_ids, mask).view(B * T, -1)
 
-        logits = None if self.text_head is None else self.text_head(x.index_select(0, batch.text_positions))  # (N, V)
+        text = None if self.text_head is None else self._text(x, batch, text_losses)
         hidden = x.index_select(0, at_patches).unflatten(0, (images, P))  # (I, P, D)
-        return logits, self.patch_decoder(hidden, skip, timesteps)
+        return text, self.patch_decoder(hidden, skip, timesteps)
+
+    def _text(self, x: Tensor, batch: Batch, losses: bool) -> Tensor:
+        """Of (B T, D): logits (N, V), or the labels' losses (N,)."""
+        hidden = x.index_select(0, batch.text_positions)  # (N, D)
+        return head_losses(hidden, self.text_head.weight, batch.text_labels)[0] if losses else self.text_head(hidden)
 
     @property
     def predicts_text(self) -> bool:

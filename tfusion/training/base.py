@@ -30,6 +30,7 @@ from tfusion.training.compatibility import (
     recount_micro_batches,
 )
 from tfusion.training.optim import adamw, clip_gradients, lr_factor, parameter_groups, parameter_names
+from tfusion.training.trainer_settings import check_precision
 from tfusion.training.warm_start import InitFrom, WarmStart, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -197,8 +198,14 @@ class TrainedModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Allocate and fill the weights on the device, once."""
+        self.check_precision()
         if not self._materialized:
             self.materialize(self.trainer.strategy.root_device)
+
+    def check_precision(self) -> None:
+        """Refuse to train weights in half precision, where the command line has not: a Trainer made in Python."""
+        if self.trainer.state.fn == "fit":
+            check_precision(self.trainer.precision)
 
     def materialize(self, device: torch.device | str) -> None:
         """The same without a trainer."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tfusion.generation import Generator
 from tfusion.image_tokens import check_settings
-from tfusion.losses import squared_log_z, token_nll
 from tfusion.models.chameleon import Chameleon
 from tfusion.models.flops import training_flops
 from tfusion.requests import GenerationConfig
@@ -116,7 +115,9 @@ class ChameleonModule(MultimodalModule):
         ids = images * self.model.num_patches
         count = (text + ids).clamp(min=1)
         z_loss = log_z.sum() / count
-        loss = (nll.sum() + image_nll.sum()) / count + self.z_loss_weight * z_loss
+        loss = (nll.sum() + image_nll.sum()) / count
+        if self.z_loss_weight:
+            loss = loss + self.z_loss_weight * z_loss
         means = torch.stack([loss, nll.sum() / text.clamp(min=1), image_nll.sum() / ids.clamp(min=1), z_loss])
         return self.add_micro_batch(loss, torch.cat([means.detach(), row_sums(batch)]), batch_idx)
 
@@ -129,9 +130,7 @@ class ChameleonModule(MultimodalModule):
             predicted = batch.image_valid & (batch.noise_limits > 0)  # the others are given: no loss
             image_labels = model.ids_of(latents).masked_fill(~predicted[:, None], IGNORE_INDEX)  # (I, P)
         labels = torch.cat([batch.text_labels, image_labels.flatten()])
-        logits = model(batch, latents).float()  # (N + I P, V + K)
-        nll = token_nll(logits, labels)
-        log_z = squared_log_z(logits, labels) if self.z_loss_weight else torch.zeros_like(nll)
+        nll, log_z = model(batch, latents, labels)  # (N + I P,) each
         text, image = nll.split([len(batch.text_labels), image_labels.numel()])
         return text, image.view(image_labels.shape), log_z
 

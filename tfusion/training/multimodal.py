@@ -83,6 +83,7 @@ class MultimodalModule(TrainedModule):
     def configure_model(self) -> None:
         """Allocate and fill the weights on the device, once; under FSDP2 each rank its shards of them."""
         check_strategy(self.trainer.strategy, self.trainer.world_size)
+        self.check_precision()
         if self._materialized:
             if self.device_mesh is not None and not self._blank:
                 raise ValueError("FSDP2 shards a model before its weights are allocated: give the Trainer a fresh one")

@@ -17,6 +17,7 @@ TRAINER_DEFAULTS = {
 
 def check_trainer(config: Any) -> None:
     """Refuse settings of the Trainer that would do something else than they say."""
+    check_precision(config.precision)
     if config.precision not in (None, "32-true", "32", 32, "bf16-mixed"):
         raise ValueError(f"got trainer.precision {config.precision!r}, expected 32-true or bf16-mixed")
     if config.max_steps < 1:
@@ -25,6 +26,20 @@ def check_trainer(config: Any) -> None:
         raise ValueError(
             "got trainer.limit_train_batches or overfit_batches, but training data has no epochs to cut short: "
             "use trainer.max_steps"
+        )
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse weights in half precision: torch's AdamW has no fp32 copy of them, and would lose its updates.
+
+    A weight in bf16 has 8 bits: what is smaller than its 512th part rounds to nothing, and lr 3e-4 times a step of size
+    1 is smaller beside every weight above 0.15; so is all weight decay.
+    """
+    if precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"got trainer.precision {precision!r}: weights would be kept in half precision, in which small updates "
+            "round to nothing; expected bf16-mixed, which computes in bf16 and learns in fp32, and with more than one "
+            "process FSDP2 (--config configs/trainer/fsdp2.yaml) so that each holds only its share of the fp32 weights"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tfusion.denoising import check_settings
 from tfusion.diffusion import NoiseProcess, PredictionType, TimestepSampling
 from tfusion.generation import Generator
-from tfusion.losses import image_mse, token_nll
+from tfusion.losses import image_mse
 from tfusion.models.flops import training_flops
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import GenerationConfig
@@ -126,9 +126,8 @@ class TransfusionModule(MultimodalModule):
     def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each label (N,) and each image (I,), with the images' timesteps (I,) and which of them count (I,)."""
         if model.latent_shape is None:
-            logits, _ = model(batch, None, None)
             nothing = batch.noise_limits.new_zeros(0)
-            return token_nll(logits, batch.text_labels), nothing, nothing, nothing.bool()
+            return model(batch, None, None, text_losses=True)[0], nothing, nothing, nothing.bool()
         clean = batch.noise_limits == 0  # given, not predicted: no loss
         with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
             x_0 = batch.latents
@@ -138,10 +137,9 @@ class TransfusionModule(MultimodalModule):
             timesteps = self.process.sample_timesteps(batch.time_uniforms, batch.noise_limits)
             x_t = self.process.add_noise(x_0, batch.noise, timesteps, clean)
             target = self.process.target(x_0, batch.noise, timesteps)
-        logits, model_output = model(batch, x_t, timesteps)
-        nll = model_output.new_zeros(batch.text_labels.shape, dtype=torch.float32)  # captions read, not predicted
-        if logits is not None:
-            nll = token_nll(logits, batch.text_labels)
+        nll, model_output = model(batch, x_t, timesteps, text_losses=True)
+        if nll is None:  # captions read, not predicted
+            nll = model_output.new_zeros(batch.text_labels.shape, dtype=torch.float32)
         return nll, image_mse(model_output, target, valid & ~clean), timesteps, valid
 
     def _finite(self, x_0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,71 @@
+"""The bench of memory: bytes are those of tensors alive, and its lines say what each way of training saves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from tfusion.bench import memory
+from tfusion.bench.live_bytes import Live
+from tfusion.models.transformer import Transformer
+
+SMALL = "--model.init_args.model.init_args."
+
+
+def test_alive_and_most_alive() -> None:
+    """A view needs nothing, a result is alive as long as it is held, the peak is of the time since `start`."""
+    with Live() as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)[2:]
+        assert live.alive() == 4000
+        c = b.double()  # 8 x 100 x 8 bytes
+        assert live.alive() == live.peak() == 4000 + 6400
+        del a, c
+        assert (live.alive(), live.peak()) == (4000, 10400)
+        del b
+        assert live.start() == live.alive() == live.peak() == 0
+
+
+def test_the_peak_is_what_torchs_own_tracker_finds() -> None:
+    """Of a forward and backward pass, checkpointed or not; it knows parts of a model, so it is entered by hooks."""
+    for checkpointing in ("none", "full"):
+        peaks = []
+        for tracker in (Live(), MemTracker()):
+            with tracker:
+                trunk = Transformer(32, 2, 2, max_seq_len=16, activation_checkpointing=checkpointing)
+                if isinstance(tracker, MemTracker):
+                    tracker.track_external(trunk)
+                trunk(torch.zeros(2, 16, 32), torch.arange(16).expand(2, -1)).sum().backward()
+            theirs = isinstance(tracker, MemTracker)
+            peaks.append(
+                tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] if theirs else tracker.peak()
+            )
+        assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+
+
+def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickstart's config with a small model and a vocabulary that does not fit one chunk."""
+    monkeypatch.setattr(memory, "CHUNK", 4 * 2000 * 32)
+    lines: list[dict] = []
+    settings = {"dim": 32, "num_layers": 3, "num_heads": 2, "hidden_dim": 64, "vocab_size": 2000, "max_seq_len": 256}
+    flags = [flag for name, value in settings.items() for flag in (SMALL + name, str(value))]
+    flags += ["--data.seq_len", "256", "--trainer.precision", "bf16-mixed", "--rows", "2"]
+    memory.main(["--config", "configs/quickstart.yaml", *flags], lambda line: lines.append(json.loads(line)))
+    found = {(line["checkpointing"], line["logits"]): line for line in lines}
+    assert len(found) == len(lines) == 6
+    for line in lines:
+        assert line["rows"], line["seq_len"] == (2, 256)
+        for part in ("weights", "average", "gradients", "optimizer"):
+            assert line[part] == pytest.approx(line["formula"][part], rel=0.1), part  # (and tables)
+        assert line["peak"] >= line["peak_forward_backward"] > line["weights"] + line["average"] + line["optimizer"]
+    for logits in ("whole", "chunked"):
+        held = [found[checkpointing, logits]["activations"] for checkpointing in ("none", "selective", "full")]
+        assert held == sorted(held, reverse=True) and len(set(held)) == 3
+    for checkpointing in ("none", "selective", "full"):
+        whole, chunked = found[checkpointing, "whole"], found[checkpointing, "chunked"]
+        assert whole["loss"] == pytest.approx(whole["formula"]["loss"], rel=0.1)
+        assert chunked["loss"] < 0.5 * whole["loss"]
+        assert chunked["peak_forward_backward"] < whole["peak_forward_backward"]
