@@ -9,6 +9,7 @@ Legend: L layers, B rows, S capacity, T new positions.
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class CacheView:
         if self.seen > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} positions a row, {self.seen} are needed")
         if write:
-            self._write(cache.image_ids, image_ids)
+            self.store(cache.image_ids, image_ids)
         one_token = write and T == 1 and self.start is not None  # a row's last position sees the whole row
         self.mask = None if one_token else self._mask(image_ids)
 
@@ -119,7 +120,7 @@ class CacheView:
         )
         return as_bias(seen, cache.keys.dtype)[:, None]
 
-    def _write(self, columns: Tensor, new: Tensor) -> None:
+    def store(self, columns: Tensor, new: Tensor) -> None:
         """Put (B, T) or (B, H, T, K) behind what each row has."""
         dim = 1 if columns.ndim == 2 else 2
         if self.start is not None:
@@ -131,19 +132,33 @@ class CacheView:
         else:  # (scatter_ would copy all columns and back)
             columns[rows, :, self.index] = new.transpose(1, 2)
 
-    def __call__(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values that the new positions may see; (B, H, T, K) -> (B, H, S, K)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.write:
-            self._write(keys, key)
-            self._write(values, value)
-        else:
-            keys[:, :, self.cache.longest : self.seen] = key
-            values[:, :, self.cache.longest : self.seen] = value
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+    def layer(self, number: int) -> LayerCache:
+        """The part of one layer."""
+        return LayerCache(self, self.cache.keys[number], self.cache.values[number])
 
     def advance(self, num_new: list[int]) -> None:
         """Count `num_new[b]` of the written positions of row b as its own; the rest was rubbish."""
         cache = self.cache
         cache.lengths += torch.tensor(num_new, device=cache.lengths.device)
         cache.row_lengths = [a + b for a, b in zip(cache.row_lengths, num_new, strict=True)]
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values of all rows, (B, H, S, K), in one forward; without a number, so that one compiled
+    block serves all layers.
+    """
+
+    view: CacheView
+    keys: Tensor
+    values: Tensor
+
+    def __call__(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values that the new positions may see; (B, H, T, K) -> (B, H, S, K)."""
+        view = self.view
+        if view.write:
+            view.store(self.keys, key)
+            view.store(self.values, value)
+        else:
+            self.keys[:, :, view.cache.longest : view.seen] = key
+            self.values[:, :, view.cache.longest : view.seen] = value
+        return self.keys[:, :, : view.seen], self.values[:, :, : view.seen]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tfusion.models.attention import Mask, attend
-from tfusion.models.kv_cache import CacheView
+from tfusion.models.kv_cache import CacheView, LayerCache
 
 NormOrder = Literal["pre", "post"]
 Checkpointing = Literal["none", "selective", "full"] | bool  # false and true: none and full
@@ -93,9 +93,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, eps=norm_eps)
             self.k_norm = RMSNorm(self.head_dim, eps=norm_eps)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None) -> Tensor:
         B, T, D = x.shape
         heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, K)
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
@@ -104,7 +102,7 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
         q, k = rotate(qk, rotary).split([self.num_heads, self.num_kv_heads], 1)  # together: half the kernels
         if cache is not None:
-            k, v = cache(layer, k, v)
+            k, v = cache(k, v)
         q, k, v = (each.to(heads.dtype) for each in (q, k, v))  # norms leave autocast in fp32
         out = attend(q, k, v, mask)  # (B, H, T, K)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
@@ -148,24 +146,20 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
-        layer: int,
-        cache: CacheView | None = None,
+        cache: LayerCache | None = None,
         checkpointing: Literal["none", "selective", "full"] = "none",
     ) -> Tensor:
         if checkpointing == "none":
-            return self._compute(x, rotary, mask, layer, cache)
+            return self._compute(x, rotary, mask, cache)
         # In here, so that a compiled block knows of it. Nothing is drawn, so no generator's state needs to be kept.
         settings = {"use_reentrant": False, "preserve_rng_state": False} | SETTINGS[checkpointing]
-        layer = 0  # which is the cache's, and were it passed on, each layer would be compiled for its number
-        return checkpoint(self._compute, x, rotary, mask, layer, None, **settings)
+        return checkpoint(self._compute, x, rotary, mask, None, **settings)
 
-    def _compute(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer: int, cache: CacheView | None
-    ) -> Tensor:
+    def _compute(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None) -> Tensor:
         if self.norm_order == "post":  # Swin Transformer V2, as Chameleon §2.3
-            x = x + self.attention_norm(self.attention(x, rotary, mask, layer, cache))
+            x = x + self.attention_norm(self.attention(x, rotary, mask, cache))
             return x + self.feed_forward_norm(self.feed_forward(x))
-        x = x + self.attention(self.attention_norm(x), rotary, mask, layer, cache)
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -237,6 +231,6 @@ class Transformer(nn.Module):
         rotary = self.rotary(position_ids)
         learns = cache is None and self.training and torch.is_grad_enabled()
         checkpointing = self.activation_checkpointing if learns else "none"
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, layer, cache, checkpointing)
+        for number, block in enumerate(self.blocks):
+            x = block(x, rotary, mask, cache and cache.layer(number), checkpointing)
         return self.norm(x)
