@@ -349,12 +349,10 @@ def test_initial_statistics_are_those_of_the_table() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("said", "meant"),
-    [("false", "none"), ("true", "full"), *((way, way) for way in ("none", "selective", "full"))][
-        ("false", "none"), ("true", "full"), ("none", "none"), ("selective", "selective"), ("full", "full")
-    ],
-)
+WAYS = [("false", "none"), ("true", "full"), ("none", "none"), ("selective", "selective"), ("full", "full")]
+
+
+@pytest.mark.parametrize(("said", "meant"), WAYS)
 def test_checkpointing_as_yaml_says_it(said: str, meant: str) -> None:
     """Runs of before there were three ways have false or true in their config.yaml."""
     parser = ArgumentParser()
