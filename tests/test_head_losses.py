@@ -21,7 +21,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
     draws = torch.Generator().manual_seed(0)
     hidden, weight, front = (torch.randn(shape, generator=draws, dtype=torch.float64) for shape in SHAPES)
     labels = torch.randint(V, (N,), generator=draws)
-    labels[::5] = IGNORE_INDEX
+    labels[::5], labels[1], labels[2] = IGNORE_INDEX, 0, V - 1
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, front.to(dtype)
 
 

@@ -80,6 +80,7 @@ class _InChunks(torch.autograd.Function):
             logits = wide(F.linear(h, weight))  # (rows, V)
             log_z.append(logits.logsumexp(-1))
             own.append(logits.gather(1, label[:, None])[:, 0])
+            del logits  # or they would be there beside the next chunk's
         total = torch.cat(log_z)
         return total - torch.cat(own), total
 
@@ -91,12 +92,12 @@ class _InChunks(torch.autograd.Function):
         hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head)
         parts = (hidden, labels, nll_grad, log_z_grad, hidden_grad)
         for h, label, of_nll, of_log_z, into in zip(*(part.split(ctx.rows) for part in parts), strict=True):
-            logits = F.linear(h, weight)  # (rows, V)
-            grad = logits.softmax(-1, dtype=nll_grad.dtype)
+            grad = F.linear(h, weight).softmax(-1, dtype=nll_grad.dtype)  # (rows, V)
             grad.mul_((of_nll + of_log_z)[:, None]).scatter_add_(1, label[:, None], -of_nll[:, None])
             grad = grad.to(hidden.dtype)
             torch.mm(grad, weight, out=into)
             head_grad += grad.T @ h  # summed in the weights' own type, fp32 under autocast
+            del grad  # or it would be there beside the next chunk's
         return hidden_grad, head_grad, None, None
 
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 from tfusion.bench.live_bytes import Live
@@ -346,3 +347,21 @@ def test_initial_statistics_are_those_of_the_table() -> None:
         "patch": 1,
         "other": 2 * depth + 4,
     }
+
+
+WAYS = [("false", "none"), ("true", "full"), ("none", "none"), ("selective", "selective"), ("full", "full")]
+
+
+@pytest.mark.parametrize(("said", "meant"), WAYS)
+def test_checkpointing_as_yaml_says_it(said: str, meant: str) -> None:
+    """Runs of before there were three ways have false or true in their config.yaml."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(nn.Module, "model")
+    text = "{class_path: tfusion.models.transformer.Transformer, init_args: {dim: 32, num_layers: 1, num_heads: 2, "
+    config = parser.parse_string(f"model: {text}activation_checkpointing: {said}}}}}")
+    assert parser.instantiate(config).model.activation_checkpointing == meant
+
+
+def test_another_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match="got activation_checkpointing 'some', expected 'none', 'selective' or 'full'"):
+        Transformer(32, 1, 2, activation_checkpointing="some")
