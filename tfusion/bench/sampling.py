@@ -33,8 +33,18 @@ from tfusion.generation import bf16_copy
 from tfusion.requests import GenerationConfig
 
 
-def measure(sizes: Sizes, nfe: int, guidance: float, prompt_len: int, with_peer: bool) -> dict[str, Any]:
+def measure(
+    sizes: Sizes, nfe: int, guidance: float, prompt_len: int, with_peer: bool, compiled: bool = False
+) -> dict[str, Any]:
     """The JSON object.
+
+    Args:
+        sizes: of both models.
+        nfe: evaluations an image.
+        guidance: scale, 1 = off.
+        prompt_len: ids before the image.
+        with_peer: time the others, too.
+        compiled: what generates is made and compiled before, as `predict` has it with `compile_blocks`.
 
     Raises:
         ValueError: fewer than 2 evaluations.
@@ -46,6 +56,9 @@ def measure(sizes: Sizes, nfe: int, guidance: float, prompt_len: int, with_peer:
     texts, ids = prompts_of(sizes.batch, prompt_len)
     requests = [{"segments": [text], "generate": "image", "seed": n} for n, text in enumerate(texts)]
     evaluations = Evaluations(module.model.patch_decoder)
+    if compiled:
+        module.compile_blocks = True
+        module.hold_generation_model()
     model = bf16_copy(module.model) if sizes.dtype == "bf16" else module.model
     rows = sizes.batch * (1 if guidance == 1 else 2)
 
@@ -62,6 +75,7 @@ def measure(sizes: Sizes, nfe: int, guidance: float, prompt_len: int, with_peer:
     evaluation_s, forward_s = (evaluations.seconds(name, sizes.warmup) for name in ("ours", "forward"))
     rate = matmul_rate(DTYPES[sizes.dtype])
     result = sizes.report() | {
+        "compiled": compiled,
         "prompt_len": prompt_len,
         "guidance": guidance,
         "nfe": evaluations.counts["ours"],
@@ -104,8 +118,11 @@ def main(args: list[str] | None = None) -> None:
     made.add_argument("--nfe", type=int, default=50, help="network evaluations an image")
     made.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance; 1 = off")
     made.add_argument("--prompt-len", type=int, default=32, help="text ids before the image")
+    made.add_argument("--compile", action="store_true", help="what generates is compiled, as predict's compile_blocks")
     options = made.parse_args(args)
-    result = measure(sizes_of(options), options.nfe, options.guidance, options.prompt_len, options.peer)
+    result = measure(
+        sizes_of(options), options.nfe, options.guidance, options.prompt_len, options.peer, options.compile
+    )
     sys.stdout.write(json.dumps(result) + "\n")
 
 

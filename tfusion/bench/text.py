@@ -10,7 +10,8 @@
   eager mode and compiled, `ratio_to_llama` ours to the `best` of them. All of medians, but `fastest_...`.
 
 Ours is `TransfusionModule.generate`, from characters to characters; in bf16 it runs on one bf16 copy of the weights,
-made within what is timed. Of the others the ids are given and taken, and a Llama in bf16 has its weights so before.
+made within what is timed. `--compile`: on one made and compiled before, as `predict` has it with `compile_blocks`.
+Of the others the ids are given and taken, and a Llama in bf16 has its weights so before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tfusion.bench.setting import Sizes, in_turn, median, parameters_of, parser,
 from tfusion.requests import GenerationConfig
 
 
-def measure(sizes: Sizes, prompt_len: int, new_tokens: int, with_peer: bool) -> dict[str, Any]:
+def measure(sizes: Sizes, prompt_len: int, new_tokens: int, with_peer: bool, compiled: bool = False) -> dict[str, Any]:
     """The JSON object."""
     config = GenerationConfig(max_new_tokens=new_tokens)
     module = ready_to_generate(sizes, 1 + prompt_len + new_tokens, config)
@@ -34,6 +35,9 @@ def measure(sizes: Sizes, prompt_len: int, new_tokens: int, with_peer: bool) -> 
     requests = [{"segments": [text], "generate": "text"} for text in texts]
     steps: list[None] = []  # a bf16 copy of the model keeps its hooks
     module.model.text_head.register_forward_pre_hook(lambda *_: steps.append(None))
+    if compiled:
+        module.compile_blocks = True
+        module.hold_generation_model()
 
     ours = {"ours": requests} | ({"one": requests[:1]} if sizes.batch > 1 else {})
     calls = {name: lambda asked=asked: module.generate(asked) for name, asked in ours.items()}
@@ -44,6 +48,7 @@ def measure(sizes: Sizes, prompt_len: int, new_tokens: int, with_peer: bool) -> 
     times = in_turn(calls, sizes.rounds, sizes.warmup)
     written = len(steps) // (sizes.rounds + sizes.warmup) // len(ours)  # by each sample: none ends before it must
     result = sizes.report() | {
+        "compiled": compiled,
         "prompt_len": prompt_len,
         "new_tokens": written,
         **_figures(times["ours"], sizes.batch * written),
@@ -79,8 +84,9 @@ def main(args: list[str] | None = None) -> None:
     made = parser(__doc__, batch=1, dtype="fp32", rounds=5, warmup=1)
     made.add_argument("--prompt-len", type=int, default=32, help="text ids given")
     made.add_argument("--new-tokens", type=int, default=128, help="text ids written")
+    made.add_argument("--compile", action="store_true", help="what generates is compiled, as predict's compile_blocks")
     options = made.parse_args(args)
-    result = measure(sizes_of(options), options.prompt_len, options.new_tokens, options.peer)
+    result = measure(sizes_of(options), options.prompt_len, options.new_tokens, options.peer, options.compile)
     sys.stdout.write(json.dumps(result) + "\n")
 
 
