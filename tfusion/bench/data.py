@@ -1,6 +1,6 @@
 """Is the loader seen? Trains on a corpus and on one batch of it that stays in memory. Prints one JSON object.
 
-    python -m tfusion.bench.data --config configs/quickstart.yaml --data.image_corpora.init_args.limit null
+    python -m tfusion.bench.data --config configs/quickstart.yaml
     python -m tfusion.bench.data --config configs/pictures.yaml --config configs/data/flickr8k.yaml
     python -m tfusion.bench.data --config configs/small/transfusion.yaml --config configs/data/flickr8k_latents.yaml
 
