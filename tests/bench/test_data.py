@@ -74,3 +74,18 @@ def test_a_slow_loader_is_seen(
     result = printed(arguments, capsys)
     assert result["real_step_s"] > 1
     assert result["real_step_s"] > result["resident_step_s"] + 0.5
+
+
+@pytest.mark.slow
+def test_a_cache_of_latents(
+    config_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny cache that stands where the config expects one."""
+    monkeypatch.chdir(config_folder)
+    monkeypatch.setattr(bench, "LOOKED_AT", 1)
+    small = {"dim": 16, "num_layers": 1, "num_heads": 2}
+    flags = [f"--model.init_args.model.init_args.{name}={value}" for name, value in small.items()]
+    flags += ["--model.init_args.compile_blocks=false", f"--trainer.default_root_dir={tmp_path}"]
+    result = printed([*FLAGS, "--config", "configs/small/transfusion.yaml", *flags], capsys)
+    assert result["kind"] == "latents"
+    assert result["loader"]["0"]["images_per_s"] > 0

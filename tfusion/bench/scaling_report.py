@@ -39,6 +39,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 def draw(lines: list[dict[str, Any]], axes: dict[str, str], file: Path) -> None:
     """One plot an axis, both scales logarithmic; `axes` says what of a line changes along each."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     found = [axis for axis in axes if any(line["axis"] == axis for line in lines)]
     figure = Figure(figsize=(3.6 * len(found), 3.2), layout="constrained")
@@ -50,9 +51,12 @@ def draw(lines: list[dict[str, Any]], axes: dict[str, str], file: Path) -> None:
         plot.set_xscale("log")
         plot.set_yscale("log")
         plot.set_xticks(x, [f"{value / 1e6:.1f}M" if value > 100_000 else f"{value}" for value in x], rotation=45)
-        plot.minorticks_off()
+        plot.xaxis.set_minor_locator(NullLocator())
+        plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        plot.yaxis.set_minor_formatter(NullFormatter())
         low, high = plot.get_ylim()
-        plot.set_ylim(min(low, high / 4), high)  # so that noise does not fill the picture
+        plot.set_ylim(low / 2, high * 2)  # so that noise does not fill the picture
         plot.set_xlabel(LABELS[axis])
         plot.set_ylabel("µs a position")
         plot.legend()
