@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from tfusion.bench import llama, sampling, text, train_step
 from tfusion.bench.flops import matmul_rate
 from tfusion.bench.setting import PRECISIONS, Sizes, in_turn, our_module, parser, sizes_of
+from tfusion.bench.trace import part_of
 
 TINY = {"dim": 32, "layers": 2, "heads": 2, "image-side": 2, "patch-dim": 12, "batch": 2, "rounds": 2, "warmup": 1}
 FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
@@ -34,7 +36,7 @@ def sizes() -> Sizes:
 
 @pytest.mark.parametrize("dtype", list(PRECISIONS))
 def test_training_step(dtype: str, capsys: pytest.CaptureFixture) -> None:
-    result = printed(train_step, capsys, "--text-len", "5", "--dtype", dtype)
+    result = printed(train_step, capsys, "--text-len", "5", "--dtype", dtype, "--eager")
     assert result["seq_len"] == 5 + 2 * 2 + 4  # text, patches, BOS, BOI, EOI, EOS
     assert result["positions"] == 2 * result["seq_len"]
     assert result["tokens_per_s"] == pytest.approx(result["positions"] / result["step_s"])
@@ -44,6 +46,52 @@ def test_training_step(dtype: str, capsys: pytest.CaptureFixture) -> None:
     assert result["fastest_step_s"] <= result["step_s"]
     assert "peer" not in result and "ratio" not in result
     assert result["dtype"] == dtype
+    assert result["compiled"] is False
+
+
+@pytest.mark.slow
+def test_trace_of_a_compiled_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The parts of a step add up to it, and the file is a chrome trace of as many steps."""
+    file = tmp_path / "trace.json"
+    result = printed(train_step, capsys, "--text-len", "5", "--trace", str(file))
+    assert result["compiled"] is True
+    traced = result["trace"]
+    assert list(traced["parts_s"]) == ["optimizer", "attention", "matmuls", "elementwise", "rest"]
+    assert sum(traced["parts_s"].values()) == pytest.approx(traced["step_s"])
+    assert sum(traced["shares"].values()) == pytest.approx(1)
+    assert all(s > 0 for s in traced["parts_s"].values())
+    names = [event["name"] for event in json.loads(file.read_text())["traceEvents"] if "dur" in event]
+    assert names.count("Optimizer.step#AdamW.step") == traced["steps"], "no warm-up and no timed step is in it"
+    assert any("cpp_fused" in name for name in names), "compiled kernels are seen"
+
+
+def test_trace_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a file in a folder that exists"):
+        train_step.main([*FLAGS, "--trace", str(tmp_path / "nowhere" / "trace.json")])
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("aten::mm", "matmuls"),
+        ("aten::addmm", "matmuls"),
+        ("sm90_xmma_gemm_bf16", "matmuls"),
+        ("aten::bmm", "attention"),
+        ("aten::baddbmm", "attention"),
+        ("aten::_softmax", "attention"),
+        ("aten::_log_softmax", "elementwise"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("triton_tem_fused_flex_attention_0", "attention"),
+        ("graph_0_cpp_fused__softmax_add_3", "attention"),
+        ("graph_0_cpp_fused__to_copy_view_0", "elementwise"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::linalg_vector_norm", "optimizer"),
+        ("aten::embedding", "elementwise"),
+        ("CompiledFunctionBackward", None),
+    ],
+)
+def test_part_of(name: str, part: str | None) -> None:
+    assert part_of(name) == part
 
 
 def test_the_timed_step_trains(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +148,7 @@ def test_text(dtype: str, capsys: pytest.CaptureFixture) -> None:
 
 @needs_peer
 def test_training_step_beside_the_peer(capsys: pytest.CaptureFixture) -> None:
-    result = printed(train_step, capsys, "--text-len", "5", "--peer")
+    result = printed(train_step, capsys, "--text-len", "5", "--peer", "--eager")
     peer = result["peer"]
     assert peer["seq_len"] > 5 + 4
     assert peer["positions"] == 2 * peer["seq_len"]

@@ -93,11 +93,8 @@ def train(steps: int, strategy: str = "auto", micro_batches: int = 1, workers: i
 
 
 def be_rank(rank: int, port: int, steps: int, folder: Path) -> None:
-    """One of two processes, as torchrun would start it: train in all layouts, and leave their losses in a file."""
-    _be_quiet()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "layouts"}
-    torch.set_num_threads(1)
+    """One of two processes: train in all layouts, and leave their losses in a file."""
+    become_rank(rank, port, RANKS)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, which would import all of this again
     for number, layout in enumerate(LAYOUTS):
         losses = train(steps, *layout)
@@ -105,7 +102,23 @@ def be_rank(rank: int, port: int, steps: int, folder: Path) -> None:
             (folder / f"{number}.json").write_text(json.dumps(losses), encoding="utf-8")
 
 
-def _be_quiet() -> None:
+def become_rank(rank: int, port: int, ranks: int) -> None:
+    """Let this process be one of several with a thread each, as torchrun would start it."""
+    be_quiet()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "layouts"}
+    torch.set_num_threads(1)
+
+
+def free_port() -> int:
+    """A port of this machine at which the ranks can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def be_quiet() -> None:
+    """Show errors alone, not what Lightning says of each fit."""
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "tfusion"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -115,13 +128,10 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args(args).steps
-    _be_quiet()
+    be_quiet()
     one = torch.tensor(train(steps), dtype=torch.float64)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(be_rank, (port, steps, Path(folder)), nprocs=RANKS)  # raises if either fails
+        multiprocessing.spawn(be_rank, (free_port(), steps, Path(folder)), nprocs=RANKS)  # raises if either fails
         losses = [json.loads(Path(folder, f"{number}.json").read_text("utf-8")) for number in range(len(LAYOUTS))]
     lines = [
         "| processes | strategy | micro-batches | workers | largest relative difference |",

@@ -10,8 +10,11 @@
 - `--peer`: the same samples by transfusion-pytorch, one of its steps after each of ours. `ratio` is the smaller of
   `tokens_ratio` and `samples_ratio`, so that neither side's special ids count in its favour; all of medians, but
   `ratio_of_fastest`.
+- `--trace FILE`: writes a profile of a few more steps that chrome://tracing and Perfetto show, and adds to the JSON
+  where the seconds of a step go (`trace`; `bench/trace.py`).
 
-Ours is a `Trainer.fit` of `TransfusionModule` in `bf16-mixed` (or fp32), batches made before.
+Ours is a `Trainer.fit` of `TransfusionModule` in `bf16-mixed` (or fp32), batches made before. Its blocks are compiled,
+within the warm-up, unless `--eager` is given.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -41,11 +46,13 @@ from tfusion.bench.setting import (
     sizes_of,
     wait,
 )
+from tfusion.bench.trace import Trace, check_file, named_kernels
 from tfusion.models.flops import training_flops
 from tfusion.models.patches import unpatchify
 from tfusion.sequence import NUM_SPECIAL_IDS, Batch, Document, Image, RowShape, collate
 
 LR = 3e-4
+TRACED_STEPS = 3
 
 
 def samples_of(sizes: Sizes, text_len: int) -> tuple[list[Tensor], Tensor]:
@@ -82,7 +89,9 @@ class StepTimes(L.Callback):
         self.between()
 
 
-def measure(sizes: Sizes, text_len: int, with_peer: bool, **settings: Any) -> dict[str, Any]:
+def measure(
+    sizes: Sizes, text_len: int, with_peer: bool, trace_file: Path | None = None, **settings: Any
+) -> dict[str, Any]:
     """The JSON object; `settings` go to our module."""
     texts, patches = samples_of(sizes, text_len)
     batch = our_batch(sizes, texts, patches)
@@ -93,27 +102,36 @@ def measure(sizes: Sizes, text_len: int, with_peer: bool, **settings: Any) -> di
     if peer is not None:
         images = patches.view(sizes.batch, sizes.image_side, sizes.image_side, sizes.patch_dim)
         peer_step = peer.training_step(texts, images, LR)
-    ours = StepTimes(lambda: peer_times.append(seconds(peer_step)) if peer is not None else None)
-    steps = sizes.warmup + sizes.rounds
+
+    def between() -> None:
+        if peer is not None and len(ours.times) <= timed:
+            peer_times.append(seconds(peer_step))
+
+    timed = sizes.warmup + sizes.rounds
+    ours, trace = StepTimes(between), Trace(timed, TRACED_STEPS) if trace_file is not None else None
+    steps = timed + (TRACED_STEPS if trace is not None else 0)
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
         precision=PRECISIONS[sizes.dtype],
         max_steps=steps,
         gradient_clip_val=1.0,
-        callbacks=[ours],
+        callbacks=[ours] if trace is None else [ours, trace],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader([batch.to(DEVICE)] * steps, batch_size=None))
+    with named_kernels() if trace is not None else nullcontext():
+        trainer.fit(module, DataLoader([batch.to(DEVICE)] * steps, batch_size=None))
 
-    step_s, fastest = median(ours.times[sizes.warmup :]), min(ours.times[sizes.warmup :])
+    times = ours.times[sizes.warmup : timed]
+    step_s, fastest = median(times), min(times)
     labels = int(batch.step_counts[0])
     flops = training_flops(module.model, rows, T, labels, rows)
     rate = matmul_rate(torch.bfloat16 if sizes.dtype == "bf16" else torch.float32)
     result = sizes.report() | {
+        "compiled": module.compile_blocks,
         "text_len": text_len,
         "seq_len": T,
         "positions": rows * T,
@@ -127,8 +145,9 @@ def measure(sizes: Sizes, text_len: int, with_peer: bool, **settings: Any) -> di
         "matmul_share": flops / step_s / rate,
     }
     if peer is not None:
-        times = peer_times[sizes.warmup :]
-        result |= _beside(peer, times, result)
+        result |= _beside(peer, peer_times[sizes.warmup :], result)
+    if trace is not None:
+        result["trace"] = {"file": str(trace_file)} | trace.write(trace_file)
     return result
 
 
@@ -156,8 +175,12 @@ def _beside(peer: Peer, times: list[float], ours: dict[str, Any]) -> dict[str, A
 def main(args: list[str] | None = None) -> None:
     made = parser(__doc__, batch=8, dtype="bf16", rounds=10, warmup=3)
     made.add_argument("--text-len", type=int, default=32, help="text ids a sample")
+    made.add_argument("--eager", action="store_true", help="do not compile the blocks")
+    made.add_argument("--trace", type=Path, metavar="FILE", help="write a profile, .json or .json.gz")
     options = made.parse_args(args)
-    result = measure(sizes_of(options), options.text_len, options.peer)
+    if options.trace is not None:
+        check_file(options.trace)
+    result = measure(sizes_of(options), options.text_len, options.peer, options.trace, compile_blocks=not options.eager)
     sys.stdout.write(json.dumps(result) + "\n")
 
 

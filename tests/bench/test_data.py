@@ -1,0 +1,91 @@
+"""The bench of the loader: what it prints hangs together, and a loader that is slow is seen."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.data.picture_folders import write_pairs
+from tfusion.bench import data as bench
+from tfusion.data.mixture import Stream
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--steps", "3", "--warmup", "2", "--rounds", "1", "--loader-steps", "2", "--workers", "0", "1"]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A tiny model on 12 pictures and a poem."""
+    (tmp_path / "pictures").mkdir()
+    write_pairs(tmp_path / "pictures")
+    (tmp_path / "poem.txt").write_text("".join(f"line {n} of a poem\n" for n in range(400)))
+    pictures = {"path": str(tmp_path / "pictures"), "image_size": 64}
+    sizes = {"vocab_size": 300, "dim": 16, "num_layers": 1, "num_heads": 2}
+    overlay = {
+        "trainer": {"default_root_dir": str(tmp_path / "run"), "precision": "32-true"},
+        "model": {"init_args": {"model": {"init_args": sizes}}},
+        "data": {
+            "vocab_size": 300,
+            "image_corpora": [{"class_path": "tfusion.data.ImageFiles", "init_args": pictures}],
+            "text_corpora": [
+                {"class_path": "tfusion.data.TextFiles", "init_args": {"path": str(tmp_path / "poem.txt")}}
+            ],
+        },
+    }
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump(overlay))
+    return [*FLAGS, "--config", str(ROOT / "configs/pictures.yaml"), "--config", str(path)]
+
+
+def printed(arguments: list[str], capsys: pytest.CaptureFixture) -> dict:
+    capsys.readouterr()
+    bench.main(arguments)
+    [line] = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = printed(arguments, capsys)
+    assert result["kind"] == "pictures" and len(result["corpora"]) == 2
+    assert (result["rows"], result["seq_len"], result["workers"], result["steps"]) == (4, 256, 0, 3)
+    assert result["ratio"] == pytest.approx(result["real_step_s"] / result["resident_step_s"])
+    assert result["ratio_of_means"] > 0
+    assert result["loader"].keys() == {"0", "1"}
+    for rates in result["loader"].values():
+        assert rates["images_per_s"] > 0
+        # a row has 256 positions, nearly all of them used, and pictures of 66 positions and a caption
+        assert rates["positions_per_s"] / rates["images_per_s"] > 66
+    assert 0 < result["positions_a_step"] <= 4 * 256
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+def test_a_slow_loader_is_seen(
+    arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that take 0.25 s each make steps of 4 rows at least a second long, on real data only."""
+    next_row = Stream.next_row
+    monkeypatch.setattr(Stream, "next_row", lambda stream: (time.sleep(0.25), next_row(stream))[1])
+    monkeypatch.setattr(bench, "LOOKED_AT", 1)
+    monkeypatch.setattr(bench, "loader_rates", lambda *args: {})
+    result = printed(arguments, capsys)
+    assert result["real_step_s"] > 1
+    assert result["real_step_s"] > result["resident_step_s"] + 0.5
+
+
+@pytest.mark.slow
+def test_a_cache_of_latents(
+    config_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny cache that stands where the config expects one."""
+    monkeypatch.chdir(config_folder)
+    monkeypatch.setattr(bench, "LOOKED_AT", 1)
+    small = {"dim": 16, "num_layers": 1, "num_heads": 2}
+    flags = [f"--model.init_args.model.init_args.{name}={value}" for name, value in small.items()]
+    flags += ["--model.init_args.compile_blocks=false", f"--trainer.default_root_dir={tmp_path}"]
+    result = printed([*FLAGS, "--config", "configs/small/transfusion.yaml", *flags], capsys)
+    assert result["kind"] == "latents"
+    assert result["loader"]["0"]["images_per_s"] > 0

@@ -1,0 +1,191 @@
+"""Is the loader seen? Trains on a corpus and on one batch of it that stays in memory. Prints one JSON object.
+
+    python -m tfusion.bench.data --config configs/quickstart.yaml
+    python -m tfusion.bench.data --config configs/pictures.yaml --config configs/data/flickr8k.yaml
+    python -m tfusion.bench.data --config configs/small/transfusion.yaml --config configs/data/flickr8k_latents.yaml
+
+Takes what `tfusion fit` takes, and trains the config's model on its data, on one device, without saving anything; a
+flag of ours comes before or after. `--data.num_workers 1` asks for worker processes.
+
+- `real_step_s`, `resident_step_s`: median seconds from the end of one optimizer step to the end of the next, so that
+  waiting for the loader counts, of fits on the data and on one resident batch in turn. `ratio` is the first over the
+  second, of medians; `ratio_of_means` sees rare long waits, too. 1.02 = within 2 %.
+- `loader`: batches alone, taken as fast as they come, made by 0, 1 and 2 workers one after another: `images_per_s`
+  and `positions_per_s` (without padding), medians of rounds. `images_a_step` and `positions_a_step` are what a step
+  takes.
+
+The resident batch has, of the first 16, the middle number of labels: their number is what differs from step to step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from tfusion.__main__ import run
+from tfusion.bench.check_data import DataCheck
+from tfusion.bench.setting import DEVICE, in_turn, median, wait
+from tfusion.data.datamodule import MultimodalDataModule
+from tfusion.data.steps import MicroBatches
+from tfusion.sequence import Batch
+
+LOOKED_AT = 16  # batches, of which one becomes the resident one
+
+
+class StepEnds(L.Callback):
+    """Seconds from the end of one optimizer step to the end of the next."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.times, self.last = first, [], 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if (args[-1] + 1) % trainer.accumulate_grad_batches:
+            return
+        wait()
+        now = time.perf_counter()
+        if trainer.global_step > self.first:
+            self.times.append(now - self.last)
+        self.last = now
+
+
+class Bench:
+    """A module and its data, in fits as often as wanted: its weights, compiled once, are those of the fit before."""
+
+    def __init__(self, module: L.LightningModule, data: MultimodalDataModule, settings: Any) -> None:
+        self.module, self.data, self.workers = module, data, data.num_workers
+        self.precision, self.clip = settings.precision or "32-true", settings.gradient_clip_val
+        self.micro_batches = settings.accumulate_grad_batches or 1
+
+    def trainer(self, steps: int, callbacks: list[L.Callback]) -> L.Trainer:
+        return L.Trainer(
+            accelerator=DEVICE.type,
+            devices=1,
+            precision=self.precision,
+            accumulate_grad_batches=self.micro_batches,
+            max_steps=steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            gradient_clip_val=self.clip,
+            callbacks=callbacks,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    def loader(self, trainer: L.Trainer, workers: int) -> MicroBatches:
+        """Training batches from the first on, as the data module gives them to this trainer."""
+        self.data.trainer, self.data.num_workers = trainer, workers
+        self.data.layout = self.data.layout_under(trainer)
+        return self.data.train_dataloader()
+
+    def resident(self) -> Batch:
+        """The batch that is trained on again and again."""
+        batches = list(islice(self.loader(self.trainer(1, []), 0), LOOKED_AT))
+        middle = statistics.median_low(len(batch.text_labels) for batch in batches)
+        batch = next(batch for batch in batches if len(batch.text_labels) == middle)
+        batch.position = None
+        return batch.to(DEVICE)
+
+    def step_times(self, resident: Batch | None, steps: int, warmup: int) -> list[float]:
+        """Seconds of the steps of one fit, after its warm-up, which also fills and drains the workers' queues."""
+        ends = StepEnds(warmup)
+        trainer = self.trainer(warmup + steps, [ends])
+        if resident is None:
+            loader = self.loader(trainer, self.workers)
+        else:
+            loader = DataLoader([resident] * ((warmup + steps) * self.micro_batches), batch_size=None)
+        trainer.fit(self.module, loader)
+        return ends.times
+
+
+def loader_rates(bench: Bench, workers: list[int], steps: int, rounds: int, warmup: int) -> dict[str, Any]:
+    """Images and positions a second of the loader alone, by number of workers."""
+    trainer = bench.trainer(1, [])
+    counts: dict[str, list[tuple[int, int]]] = {str(number): [] for number in workers}
+
+    def taker(name: str, batches: Iterator[Batch]) -> Any:
+        def take() -> None:
+            images = positions = 0
+            for batch in islice(batches, steps * bench.micro_batches):
+                batch = batch.to(DEVICE)
+                images += int(batch.image_valid.sum())
+                positions += int((batch.document_ids >= 0).sum())
+            counts[name].append((images, positions))
+
+        return take
+
+    found = {}
+    for name in counts:  # one after another: queues of workers would fill while it is another's turn
+        taken = in_turn({name: taker(name, iter(bench.loader(trainer, int(name))))}, rounds, warmup)[name]
+        of_rounds = list(zip(counts[name][-rounds:], taken, strict=True))
+        found[name] = {
+            "images_per_s": median([images / s for (images, _), s in of_rounds]),
+            "positions_per_s": median([positions / s for (_, positions), s in of_rounds]),
+        }
+    return found
+
+
+def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """The JSON object."""
+    resident = bench.resident()
+    times: dict[str, list[float]] = {"real": [], "resident": []}
+    for _ in range(options.rounds):
+        times["real"] += bench.step_times(None, options.steps, options.warmup)
+        times["resident"] += bench.step_times(resident, options.steps, options.warmup)
+    real, still = median(times["real"]), median(times["resident"])
+    rows, seq_len = resident.token_ids.shape
+    data = bench.data
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "corpora": [corpus.name for corpus in data.image_corpora + data.text_corpora],
+        "kind": "latents" if resident.latents is not None else "pictures" if data.image_corpora else "text",
+        "precision": str(bench.precision),
+        "params": sum(p.numel() for p in bench.module.model.parameters()),
+        "rows": rows * bench.micro_batches,
+        "seq_len": seq_len,
+        "workers": bench.workers,
+        "steps": options.steps * options.rounds,
+        "images_a_step": int(resident.image_valid.sum()) * bench.micro_batches,
+        "positions_a_step": int((resident.document_ids >= 0).sum()) * bench.micro_batches,
+        "real_step_s": real,
+        "resident_step_s": still,
+        "ratio": real / still,
+        "ratio_of_means": statistics.mean(times["real"]) / statistics.mean(times["resident"]),
+        "loader": loader_rates(bench, options.workers, options.loader_steps, options.rounds, 2),
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--steps", type=int, default=30, help="timed, of each fit")
+    parser.add_argument("--warmup", type=int, default=12, help="steps before them; more than the workers' queues hold")
+    parser.add_argument("--rounds", type=int, default=3, help="fits of either kind, and rounds of the loader")
+    parser.add_argument("--loader-steps", type=int, default=20, help="of the loader alone, a round")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of the loader alone")
+    parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
+    options, of_fit = parser.parse_known_args(args)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    cli = run(DataCheck, ["fit", *of_fit])
+    bench = Bench(cli.model, cli.datamodule, cli.config_init["fit"].trainer)
+    sys.stdout.write(json.dumps(measure(bench, options)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
