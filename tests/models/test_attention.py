@@ -153,8 +153,9 @@ def test_flex_equals_sdpa_without_gradients(kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_bf16_on_cpu_writes_the_scores_out(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against SDPA in fp32 on the same bf16 numbers, values and gradients; long rows use SDPA."""
+def test_bf16_training_on_cpu_writes_the_scores_out(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against SDPA in fp32 on the same bf16 numbers, values and gradients, and of one query; long rows
+    and forwards without gradients use SDPA."""
     mask = training_mask(*random_layout(2, 60, 4), "sdpa")
     halves = [x.detach().bfloat16().requires_grad_() for x in make_qkv(2, 4, kv_heads, 60, 16)]
     floats = [x.detach().float().requires_grad_() for x in halves]
@@ -171,9 +172,14 @@ def test_bf16_on_cpu_writes_the_scores_out(kv_heads: int, monkeypatch: pytest.Mo
     oracles = [expected, *torch.autograd.grad(expected, floats, upstream)]
     for a, b in zip(results, oracles, strict=True):
         torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2 * max(1.0, b.abs().max().item()))
-    monkeypatch.setattr("tfusion.models.attention.EXPLICIT_UP_TO", 59 * 60)
+    one = (halves[0][:, :, -1:], *halves[1:])
+    torch.testing.assert_close(attend(*one, mask[:, :, -1:]).float(), expected[:, :, -1:], rtol=2e-2, atol=2e-2)
+    assert not calls
+    with torch.no_grad():
+        attend(*(x.detach() for x in halves), mask)
+    monkeypatch.setattr("tfusion.models.attention.EXPLICIT_UP_TO", 59)
     attend(*halves, mask)
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_a_block_mask_is_given_to_flex(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 logger = logging.getLogger(__name__)
 Backend = Literal["flex", "sdpa"]
 Mask = Tensor | BlockMask | None  # bool: seen; float: added to scores; None: everything is seen
-EXPLICIT_UP_TO = 512 * 512  # scores a head, from where on SDPA is as fast and takes less memory
+EXPLICIT_UP_TO = 512  # positions a row, from where on SDPA is as fast in training and takes less memory
 
 
 def visible(
@@ -98,14 +98,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         return flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
     if mask is not None:
         mask = as_bias(mask, query.dtype) if mask.dtype == torch.bool else mask.to(query.dtype)
-    few = query.shape[2] * key.shape[2] <= EXPLICIT_UP_TO
-    if few and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+    T = query.shape[2]
+    slow = T == 1 or (query.requires_grad and T <= EXPLICIT_UP_TO)
+    if slow and query.dtype == torch.bfloat16 and query.device.type == "cpu":
         return _explicit(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """The same with its scores written out: on a CPU in bf16 SDPA is slow, most of all backward and for one query.
+    """The same with its scores written out: on a CPU in bf16 SDPA's backward is slow, and for one query its forward.
 
     softmax works in fp32 inside; its inputs are rounded to bf16, as in any mixed-precision attention written out.
     """
