@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,16 @@ from tfusion.bench.scaling import Point, Timing, flops_a_position, measure, poin
 
 EAGER = Timing("fp32", compiled=False, rounds=2, warmup=1)
 TINY = Point(seq_len=128, rows=2, dim=32, layers=1, heads=2)
+
+
+@pytest.fixture(autouse=True)
+def levels() -> Iterator[None]:
+    """The bench silences loggers, which other tests listen to."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "tfusion")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 def test_points() -> None:

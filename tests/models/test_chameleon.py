@@ -234,7 +234,7 @@ def test_a_block_written_out(norm_order: str, qk_norm: bool) -> None:
         h = x[0] + attention(norm(x[0], first))
         expected = h + feed_forward(norm(h, second))
     mask = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
-    close(block(x, rotary(torch.arange(L)[None]), mask, 0)[0], expected)
+    close(block(x, rotary(torch.arange(L)[None]), mask)[0], expected)
 
 
 @pytest.mark.parametrize("norm_order", ["pre", "post"])
@@ -243,7 +243,7 @@ def test_blocks_begin_as_the_identity_where_norms_stand_behind(norm_order: str) 
     model = Chameleon(V, K, LATENT, 32, 2, 4, max_seq_len=T, norm_order=norm_order).materialize("cpu", 5)
     x = normal(1, T, 32).float()
     mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
-    out = model.transformer.blocks[0](x, model.transformer.rotary(torch.arange(T)[None]), mask, 0)
+    out = model.transformer.blocks[0](x, model.transformer.rotary(torch.arange(T)[None]), mask)
     assert torch.equal(out, x) == (norm_order == "post")
     assert (model.transformer.blocks[0].attention.q_norm.weight == 1).all()
     assert (model.transformer.norm.weight == 1).all()
