@@ -179,8 +179,8 @@ class MultimodalModule(TrainedModule):
                 )
 
     def hold_generation_model(self) -> None:
-        """Copy what generates once for many calls of `generate`, and compile it where `compile_blocks` says so: after a
-        minute at most text is written a third faster. Later training does not change what is held.
+        """Copy what generates once for many calls of `generate`, and compile it where `compile_blocks` says so, which
+        takes up to a minute. Later training does not change what is held.
         """
         model = self._generation_model(text=True)
         if self.compile_blocks:
