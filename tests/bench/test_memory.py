@@ -57,7 +57,7 @@ def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {(line["checkpointing"], line["logits"]): line for line in lines}
     assert len(found) == len(lines) == 6
     for line in lines:
-        assert line["rows"], line["seq_len"] == (2, 256)
+        assert (line["rows"], line["seq_len"]) == (2, 256)
         for part in ("weights", "average", "gradients", "optimizer"):
             assert line[part] == pytest.approx(line["formula"][part], rel=0.1), part  # (and tables)
         assert line["peak"] >= line["peak_forward_backward"] > line["weights"] + line["average"] + line["optimizer"]

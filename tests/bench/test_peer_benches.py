@@ -87,6 +87,8 @@ def test_trace_nowhere_is_refused(tmp_path: Path) -> None:
         ("aten::_fused_adamw_", "optimizer"),
         ("aten::linalg_vector_norm", "optimizer"),
         ("aten::embedding", "elementwise"),
+        ("cunn_SoftMaxForward<4, float, LogSoftMaxForwardEpilogue>", "elementwise"),
+        ("cunn_SoftMaxForward<4, float, SoftMaxForwardEpilogue>", "attention"),
         ("CompiledFunctionBackward", None),
     ],
 )

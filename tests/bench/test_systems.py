@@ -72,9 +72,20 @@ def test_a_run_that_is_done_is_only_read_and_one_that_fails_is_named(recorded, t
     assert not recorded and done["steps"] == 20 and done["train_flops"] == 2.5e15 and done["train_s"] == 9.6
     failed = systems.run(System("broken", "text_only"), 0, tmp_path, tmp_path, 1, [])
     assert failed["failed"].startswith("fit: ")
+    systems.write(tmp_path / "systems.json", [done, failed])
+    systems.write(tmp_path / "systems.json", [failed | {"failed": "validate: "}])
+    kept = json.loads((tmp_path / "systems.json").read_text())
+    assert kept == [done, failed | {"failed": "validate: "}], "the file holds runs of earlier calls"
 
     table = as_table([done, failed]).splitlines()
     assert len({line.count("|") for line in table}) == 1
     # sqrt(0.03^2 + 0.04^2) / 2
     assert "| tiny | 0 | 20 | 2.5e+03 | 10 | 2.5 +- 0.01 |" in table[2] and table[2].endswith("| 0.5 +- 0.03 |")
     assert table[3].startswith("| broken | 0 | fit: ")
+
+
+def test_a_name_that_no_system_has(recorded, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        systems.main(["--out", str(tmp_path), "--only", "no-such"])
+    assert "no system's name contains 'no-such': transfusion-linear-64, " in capsys.readouterr().err
+    assert not recorded and not list(tmp_path.iterdir())

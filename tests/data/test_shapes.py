@@ -96,6 +96,8 @@ def test_a_scene_is_a_function_of_split_and_index_alone():
     assert torch.equal(state, torch.random.get_rng_state())
     assert (len(few), len(many), len(Shapes(32, num_images=10).load("val"))) == (10, 99, 1000)
     assert torch.equal(few[-1].image, few[9].image)
+    content = {part.content for part in (Shapes(32).load("train"), Shapes(32).load("val"), Shapes(64).load("val"))}
+    assert len(content) == 3
     with pytest.raises(IndexError):
         few[10]
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models.test_transfusion import PACKED, make
 from tests.reference.attention import loop_mask
 from tfusion.losses import token_nll
+from tfusion.models.chameleon import Chameleon
 from tfusion.models.flops import attention_share, forward_flops, training_flops
 from tfusion.models.transfusion import Transfusion
 from tfusion.sequence import Document, Image, RowShape, collate
@@ -79,6 +80,19 @@ def test_forward_and_backward_are_what_torch_counts(name: str, countable: None) 
         loss = output.square().sum()
         (loss if logits is None else loss + token_nll(logits, batch.text_labels).sum()).backward()
     assert training_flops(model, *shape) == count() + missing(model, len(x_t))
+
+
+def test_of_chameleon_too(countable: None) -> None:
+    """With its text labels; those of images it has at every place of a slot."""
+    model = Chameleon(V, 9, (1, 2, 2), dim=32, num_layers=2, num_heads=2, max_seq_len=40).materialize("cpu", 0)
+    rows = [[Document(([7, 8, 9], Image(torch.zeros(1, 2, 2))))], [Document(([7] * 20,))]]
+    batch = collate(rows, RowShape(40, 4, 2, (1, 2, 2), None), [(0,), (1,)])
+    with counted() as count:
+        logits = model(batch, batch.latents)
+        shape = (*batch.token_ids.shape, len(batch.text_labels), len(batch.image_valid))
+        assert forward_flops(model, *shape) == count()
+        logits.sum().backward()
+        assert training_flops(model, *shape) == count()
 
 
 def missing(model: Transfusion, images: int) -> int:

@@ -123,7 +123,7 @@ def test_activation_checkpointing_changes_nothing_but_runs_each_block_twice(norm
         recomputed, calls = run(checkpointing)
         assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
         assert calls == 4
-    assert run(False)[1], run(True)[1] == (3, 4)  # as they were said before there was a third way
+    assert (run(False)[1], run(True)[1]) == (3, 4)  # as they were said before there was a third way
 
 
 @pytest.mark.parametrize("bf16", [False, True])

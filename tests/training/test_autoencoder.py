@@ -55,6 +55,19 @@ def autoencoder(kind: str, discriminator: bool = False, **sizes: Any) -> Autoenc
     return VQAutoencoder(**(SIZES | sizes), discriminator=patches, codebook_size=CODES, restart_after=after)
 
 
+def test_a_discriminator_too_deep_for_the_pictures_is_refused() -> None:
+    """And what is not refused has a logit."""
+    for layers, least in ((1, 6), (2, 12), (3, 24)):
+        patches = PatchDiscriminator(8, layers)
+        patches.to_empty(device="cpu")
+        patches.check_size(least)
+        assert patches(torch.zeros(1, 3, least, least)).shape == (1, 1, 1, 1)
+        with pytest.raises(ValueError, match=f"for pictures of {least - 1} pixels, expected at least {least}"):
+            patches.check_size(least - 1)
+    with pytest.raises(ValueError, match="set fewer layers"):
+        KLAutoencoder(**SIZES, discriminator=PatchDiscriminator(8, 4))
+
+
 def module_of(kind: str, discriminator: bool = False, **settings: Any) -> AutoencoderModule:
     # eps: without it Adam makes of a rounding error in a gradient near 0 a whole step
     defaults = {"perceptual": "off", "lr": 5e-3, "eps": 1e-2, "warmup_steps": 1, "seed": 3}

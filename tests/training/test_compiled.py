@@ -72,11 +72,20 @@ def test_flex_in_compiled_blocks_equals_sdpa_and_compiles_once():
 
 
 def test_compiled_generation_equals_eager(tiny_module, byte_tokenizer):
-    """Text, pictures and both, of several lengths, in float64; what is compiled is compiled in the first call."""
+    """Text, pictures and both, of several lengths and in any number, in float64; attention is compiled as well, and
+    what is compiled is compiled in the first calls.
+    """
     config = GenerationConfig(num_inference_steps=2, max_new_tokens=6, guidance_scale=2.0)
     kinds = ("text", "image", "any")
-    calls = [[{"segments": ["red" * (n + 1)], "generate": kind, "seed": n} for kind in kinds] for n in range(3)]
-    made, graphs = {}, []
+    guided = ({"guidance_scale": 2.0}, {"guidance_scale": 1.0})
+    calls = [
+        [
+            {"segments": ["red" * (1 + k % 4)], "generate": kinds[k % 3], "seed": k, **guided[k % 5 == 4]}
+            for k in range(number)
+        ]
+        for number in (1, 2, 5, 9, 3, 4, 6, 7, 8, 10, 11)
+    ]
+    made, graphs = {}, {}
     for compiled in (False, True):
         torch._dynamo.reset()
         counters.clear()
@@ -84,13 +93,14 @@ def test_compiled_generation_equals_eager(tiny_module, byte_tokenizer):
         module.materialize("cpu")
         module.text_tokenizer = byte_tokenizer
         module.hold_generation_model()
-        made[compiled] = []
+        made[compiled], graphs[compiled] = [], []
         for requests in calls:
             made[compiled] += [generation.segments for generation in module.generate(requests)]
-            graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[:3] == [0, 0, 0]
-    assert graphs[3] > 0
-    assert graphs[3:] == [graphs[3]] * 3
+            graphs[compiled].append(counters["stats"]["unique_graphs"])
+        assert not counters["graph_break"]
+    assert set(graphs[False]) == {0}
+    assert graphs[True][0] > 0
+    assert graphs[True][3:] == [graphs[True][3]] * 8
     for ours, expected in zip(made[True], made[False], strict=True):
         assert len(ours) == len(expected)
         for a, b in zip(ours, expected, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tfusion.callbacks.samples import SampleGrid
-from tfusion.requests import GenerationConfig
+from tfusion.requests import GenerationConfig, parse_request
 
 MESSAGE = r"guidance_scale 3.0, but training with data.caption_drop 0, or with data.caption_first 0, shows no picture"
 IMAGE = {"segments": ["red"], "generate": "image", "num_inference_steps": 2}
@@ -73,3 +73,14 @@ def test_fit_goes_where_no_picture_would_be_made(tiny_module, tiny_data, tiny_tr
     trainer.fit(module, tiny_data(image_corpora=[], caption_drop=0.0))
     trainer.save_checkpoint(tmp_path / "text.ckpt")
     assert torch.load(tmp_path / "text.ckpt", weights_only=True)["caption_drop"] is None
+
+
+def test_a_checkpoint_that_is_checked_tells_before_it_is_loaded(tiny_module, tiny_data, tiny_trainer, tmp_path) -> None:
+    """As the command line does before `validate`, whose metrics would ask for pictures in the end."""
+    state = fit(tiny_module, tiny_data, tiny_trainer, tmp_path, drop=0.0)
+    module = tiny_module(generation=GUIDED)
+    module.materialize("cpu")
+    module.check_checkpoint(state)
+    module.text_tokenizer = loaded(tiny_module, state).text_tokenizer
+    with pytest.raises(ValueError, match=MESSAGE):
+        module.check_requests([parse_request(IMAGE | {"guidance_scale": 3.0}, GUIDED)])

@@ -205,3 +205,11 @@ def test_weights_in_bf16_are_refused_for_they_would_not_move(tiny_module, tiny_d
     assert (weight == 1).all()  # in fp32 0.97
     with pytest.raises(ValueError, match="'bf16-true'.*expected bf16-mixed.*FSDP2"):
         tiny_trainer(1, precision="bf16-true").fit(tiny_module(), tiny_data())
+
+
+def test_losses_that_would_not_teach_are_refused(tiny_module, tiny_data, tiny_trainer):
+    with pytest.raises(ValueError, match="got diffusion_loss_weight -1, expected 5"):
+        tiny_module(diffusion_loss_weight=-1)
+    data = tiny_data(text_corpora=[], caption_first=0.0, image_first_noise_limit=0.0)
+    with pytest.raises(ValueError, match="no picture would have a loss; set data.caption_first to 1"):
+        tiny_trainer(1).fit(tiny_module(predict_text=False), data)

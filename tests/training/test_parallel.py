@@ -14,6 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from tests.conftest import BYTES_VOCAB_SIZE, IMAGE_SIZE, TinyPictures, TinyTexts
 from tests.training.processes import RANKS, run_ranks
@@ -45,10 +46,12 @@ FITS: dict[str, dict[str, Any]] = {
     "ddp_accumulated_workers": {"strategy": "DDP", "accumulate": 2, "workers": 2},
     "ddp_recomputed": {"strategy": "DDP", "activation_checkpointing": "full"},
     "ddp_chunked": {"strategy": "DDP", "activation_checkpointing": "selective", "chunk_rows": 9},
+    "ddp_compiled": {"strategy": "DDP", "activation_checkpointing": "selective", "compile_blocks": True},
     "fsdp": {"strategy": "FSDP2"},
     "fsdp_accumulated": {"strategy": "FSDP2", "accumulate": 2},
     "fsdp_recomputed": {"strategy": "FSDP2", "activation_checkpointing": "full"},
     "fsdp_chunked": {"strategy": "FSDP2", "activation_checkpointing": "selective", "chunk_rows": 9},
+    "fsdp_compiled": {"strategy": "FSDP2", "activation_checkpointing": "full", "compile_blocks": True},
 }
 # After `one` and `fsdp` have saved their states at HALF: name -> whose state, and where.
 RESUMES = {"fsdp_from_one": ("one", "FSDP2"), "ddp_from_fsdp": ("fsdp", "DDP"), "fsdp_from_fsdp": ("fsdp", "FSDP2")}
@@ -64,7 +67,7 @@ def strategy(name: str) -> Any:
 
 
 def make(
-    workers: int = 0, prompts: Path | None = None, choices: Path | None = None, **model: Any
+    workers: int = 0, prompts: Path | None = None, choices: Path | None = None, compiled: bool = False, **model: Any
 ) -> tuple[TransfusionModule, MultimodalDataModule]:
     sizes = {"vocab_size": BYTES_VOCAB_SIZE, "latent_shape": (3, IMAGE_SIZE, IMAGE_SIZE), "patch_size": 4}
     sizes |= {"dim": 36, "num_layers": 2, "num_heads": 2, "max_seq_len": 64, "patch_positions": True}
@@ -76,6 +79,7 @@ def make(
         warmup_steps=2,
         generation=GenerationConfig(num_inference_steps=2, guidance_scale=2.0, max_new_tokens=4),
         seed=3,
+        compile_blocks=compiled,
     )
     data = MultimodalDataModule(
         [TinyPictures()],
@@ -132,6 +136,7 @@ def fit(
     ckpt_path: Path | None = None,
     precision: str = "32-true",
     chunk_rows: int | None = None,
+    compile_blocks: bool = False,
     **model: Any,
 ) -> None:
     """Train, validate and sample; leave in the folder what `result` reads."""
@@ -146,10 +151,12 @@ def fit(
         val_check_interval=HALF * accumulate,
         callbacks=[EMA(0.9), Perplexity(), RankedChoice(), SampleGrid(HALF, 3, 2, 1), recorder],
     )
-    module, data = make(workers, choices=folder.parent / "choices.jsonl", **model)
+    module, data = make(workers, choices=folder.parent / "choices.jsonl", compiled=compile_blocks, **model)
+    counters.clear()
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     if trainer.is_global_zero:
         kept = {"losses": torch.tensor(recorder.losses), "metrics": recorder.metrics, "counts": recorder.counts}
+        kept["graphs"] = counters["stats"]["unique_graphs"]
         torch.save(kept, folder / "result.pt")
 
 
@@ -227,6 +234,13 @@ def test_every_loss_is_that_of_one_process(root: Path, name: str) -> None:
     assert losses.shape == (STEPS, 3)
     assert losses[-1, 0] < 0.8 * losses[0, 0]
     torch.testing.assert_close(result(root / name)["losses"], losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ddp_compiled", "fsdp_compiled"])
+def test_blocks_are_compiled(root: Path, name: str) -> None:
+    """Under FSDP2 in parts, between its hooks; torch would fall back to eager blocks without an error."""
+    assert result(root / name)["graphs"] >= 1
+    assert result(root / name.split("_")[0])["graphs"] == 0
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp_accumulated"])
@@ -318,6 +332,13 @@ def test_predictions_are_those_of_one_process(root: Path, prompts: str, name: st
     files = {path.name: path.read_bytes() for path in one.iterdir()}
     assert {"predictions.jsonl", "000000-0-0.png", "000000-1-0.png"} < set(files)
     assert {path.name: path.read_bytes() for path in (root / f"{prompts}_{name}" / "predictions").iterdir()} == files
+
+
+def test_what_fsdp_would_not_compile_is_refused() -> None:
+    module, _ = make(compiled=True, activation_checkpointing="selective")
+    with pytest.raises(ValueError, match="would compile nothing .* set compile_blocks to false"):
+        module._check_sharded(compiled=True)
+    module._check_sharded(compiled=False)
 
 
 def test_strategies_that_would_not_do_are_refused() -> None:

@@ -5,7 +5,8 @@ so nothing stands before its patches; adaptive norms; a feed-forward of two matr
 of 8/3 D do. Its weights are of the type that is timed, made so before.
 
 `DiTPipeline` is timed from classes to pictures, with DDIM (one evaluation a step) and pixels in place of latents; with
-guidance it runs both rows of an image in one batch, as ours does. It is not compiled, as ours is not.
+guidance it runs both rows of an image in one batch, as ours does. It is not compiled, beside ours with `--compile`
+neither.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@
   differs), `ratio_to_dit` the same of it, `evaluation_ratio_to_dit` of one evaluation. Of medians, but `fastest_...`.
 
 Ours is `TransfusionModule.generate`; in bf16 it runs on one bf16 copy of the weights, made within what is timed.
+`--compile`: on one made and compiled before, and so is the forward beside it; the others run as they come, uncompiled.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ def measure(
     evaluations = Evaluations(module.model.patch_decoder)
     if compiled:
         module.compile_blocks = True
-        module.hold_generation_model()
-    model = bf16_copy(module.model) if sizes.dtype == "bf16" else module.model
+        module.hold_generation_model(text=False)
+        [model] = module._held
+    else:
+        model = bf16_copy(module.model) if sizes.dtype == "bf16" else module.model
     rows = sizes.batch * (1 if guidance == 1 else 2)
 
     calls = {

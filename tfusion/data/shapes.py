@@ -21,6 +21,7 @@ from tfusion.randomness import generator
 
 MIN_IMAGE_SIZE = 16
 HELD_OUT_IMAGES = 1000
+DRAWING_VERSION = 1  # raise it when pixels or captions change: what was encoded, or half trained, is then told apart
 
 # On white their (255 - RGB) point in clearly different directions, which blur and antialiasing leave alone.
 COLORS = {
@@ -117,6 +118,7 @@ class _Scenes(Sequence[CaptionedImage]):
         self.split = split
         self.length = length
         self.image_size = image_size
+        self.content = f"{split}-{image_size}-{DRAWING_VERSION}"
 
     def __len__(self) -> int:
         return self.length

@@ -89,7 +89,8 @@ def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """Masked attention, (B, H, T, K) over (B, H_kv, S, K); H_kv divides H (grouped keys)."""
-    grouped = query.shape[1] != key.shape[1]
+    # a plain bool: compiled for every length a comparison is a symbol, which SDPA does not take
+    grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
     if isinstance(mask, BlockMask):
         if not torch.compiler.is_compiling():
             return _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=grouped)

@@ -75,6 +75,8 @@ class Autoencoder(nn.Module):
                 f"got levels of {wrong} channels, expected multiples of norm_num_groups {norm_num_groups}: change "
                 "base_channels or norm_num_groups"
             )
+        if discriminator is not None:
+            discriminator.check_size(image_size)
         self.vocab_size, self.max_seq_len = vocab_size, max_seq_len
         self.num_patches = 1  # an image is one place in its row: rows only carry pictures
         self.image_size, self.latent_channels = image_size, latent_channels

@@ -29,6 +29,7 @@ class PatchDiscriminator(nn.Module):
         if num_layers > 1 and base_channels % NORM_GROUPS:
             raise ValueError(f"got base_channels {base_channels} of the discriminator, expected a multiple of 8")
         sizes = [3, *(base_channels * min(2**n, 8) for n in range(num_layers + 1))]
+        self.num_layers = num_layers
         with torch.device("meta"):  # shapes only; the autoencoder's `materialize` fills them in
             self.convs = nn.ModuleList(
                 nn.Conv2d(before, after, 4, stride=1 if n == num_layers else 2, padding=1)
@@ -36,6 +37,14 @@ class PatchDiscriminator(nn.Module):
             )
             self.norms = nn.ModuleList(nn.GroupNorm(NORM_GROUPS, size) for size in sizes[2:])
             self.conv_out = nn.Conv2d(sizes[-1], 1, 4, padding=1)
+
+    def check_size(self, image_size: int) -> None:
+        """Raise ValueError for pictures so small that no patch of them is seen."""
+        if image_size // 2**self.num_layers < 3:  # two more convolutions take one pixel each
+            raise ValueError(
+                f"got a discriminator of num_layers {self.num_layers} for pictures of {image_size} pixels, expected at "
+                f"least {3 * 2**self.num_layers}: set fewer layers"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """(I, 1, p, p) logits, high where real, of (I, 3, H, H) pictures in [-1, 1]."""

@@ -2,7 +2,8 @@
 
 Counted: every matrix product and convolution where it runs, and both products of attention. Not counted: norms,
 softmax, rotary, activations, interpolation, embedding, loss, optimizer, a frozen image tokenizer; nor what activation
-checkpointing and a loss in chunks compute twice (these are the model's FLOPs, not the machine's).
+checkpointing and a loss in chunks compute twice (these are the model's FLOPs, not the machine's). Autoencoders, which
+systems have in common and which learn nothing of text, stand outside of the comparison and are not counted.
 
 Attention is counted over the whole T x T square, as SDPA computes it, though the mask hides more than half: that is
 also what systems are compared by, for it does not depend on how documents fall into rows. `attention_share` says how

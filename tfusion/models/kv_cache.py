@@ -87,7 +87,8 @@ class CacheView:
         lengths = set(cache.row_lengths)
         self.start = lengths.pop() if len(lengths) == 1 else None  # where all rows go on, if that is one place
         self.index = cache.lengths[:, None] + torch.arange(T, device=image_ids.device)  # (B, T) index in its row
-        self.seen = cache.longest + T  # columns of the cache that are read
+        self.longest = cache.longest  # once: within compiled blocks it would be compiled for each number of rows
+        self.seen = self.longest + T  # columns of the cache that are read
         if self.seen > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} positions a row, {self.seen} are needed")
         if write:
@@ -104,9 +105,9 @@ class CacheView:
             key_index, key_image = columns, cache.image_ids[:, : self.seen]
             in_row = columns < (cache.lengths + T)[:, None]
         else:
-            columns = torch.arange(cache.longest, device=new.device).expand(B, -1)
+            columns = torch.arange(self.longest, device=new.device).expand(B, -1)
             key_index = torch.cat([columns, new], 1)
-            key_image = torch.cat([cache.image_ids[:, : cache.longest], image_ids], 1)
+            key_image = torch.cat([cache.image_ids[:, : self.longest], image_ids], 1)
             in_row = torch.cat([columns < cache.lengths[:, None], torch.ones_like(new, dtype=torch.bool)], 1)
         document = torch.where(in_row, 0, -1)[:, None, :]  # a row is one document; the rest belongs to none
         seen = visible(
@@ -159,6 +160,6 @@ class LayerCache(NamedTuple):
             view.store(self.keys, key)
             view.store(self.values, value)
         else:
-            self.keys[:, :, view.cache.longest : view.seen] = key
-            self.values[:, :, view.cache.longest : view.seen] = value
+            self.keys[:, :, view.longest : view.seen] = key
+            self.values[:, :, view.longest : view.seen] = value
         return self.keys[:, :, : view.seen], self.values[:, :, : view.seen]

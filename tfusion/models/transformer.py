@@ -22,7 +22,8 @@ from tfusion.models.kv_cache import CacheView, LayerCache
 NormOrder = Literal["pre", "post"]
 Checkpointing = Literal["none", "selective", "full"] | bool  # false and true: none and full
 # What a backward pass spends its time on if it has to be computed again; the rest of a block reads and writes memory.
-# Not `baddbmm`, the scores of attention written out: (T, T) a head, they are what checkpointing is to be rid of.
+# Not `baddbmm`, the scores of attention written out: (T, T) a head, they are what checkpointing is to be rid of. Flex
+# attention is seen, and kept, in compiled blocks only.
 SAVED_WHERE_SELECTIVE = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -33,10 +34,9 @@ SAVED_WHERE_SELECTIVE = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
 ]
-SETTINGS = {  # of torch's `checkpoint`
-    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, SAVED_WHERE_SELECTIVE)},
-    "full": {},
-}
+keep_selected = partial(create_selective_checkpoint_contexts, SAVED_WHERE_SELECTIVE)
+# Nothing is drawn, so no generator's state needs to be kept
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def default_hidden_dim(dim: int) -> int:
@@ -147,13 +147,11 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
         cache: LayerCache | None = None,
-        checkpointing: Literal["none", "selective", "full"] = "none",
+        selective: bool = False,
     ) -> Tensor:
-        if checkpointing == "none":
-            return self._compute(x, rotary, mask, cache)
-        # In here, so that a compiled block knows of it. Nothing is drawn, so no generator's state needs to be kept.
-        settings = {"use_reentrant": False, "preserve_rng_state": False} | SETTINGS[checkpointing]
-        return checkpoint(self._compute, x, rotary, mask, None, **settings)
+        if selective:  # in here: outside of a compiled block nothing in it could be selected
+            return recomputed(self._compute, x, rotary, mask, None, context_fn=keep_selected)
+        return self._compute(x, rotary, mask, cache)
 
     def _compute(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None) -> Tensor:
         if self.norm_order == "post":  # Swin Transformer V2, as Chameleon §2.3
@@ -191,7 +189,7 @@ class Transformer(nn.Module):
             raise ValueError(f"got norm_order {norm_order!r}, expected 'pre' or 'post'")
         if isinstance(activation_checkpointing, bool):
             activation_checkpointing = "full" if activation_checkpointing else "none"
-        if activation_checkpointing not in ("none", *SETTINGS):
+        if activation_checkpointing not in ("none", "selective", "full"):
             raise ValueError(
                 f"got activation_checkpointing {activation_checkpointing!r}, expected 'none', 'selective' or 'full'"
             )
@@ -232,5 +230,8 @@ class Transformer(nn.Module):
         learns = cache is None and self.training and torch.is_grad_enabled()
         checkpointing = self.activation_checkpointing if learns else "none"
         for number, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, cache and cache.layer(number), checkpointing)
+            if checkpointing == "full":  # out here: FSDP2's hooks, at which a compiled block breaks, may lie in it
+                x = recomputed(block, x, rotary, mask)
+            else:
+                x = block(x, rotary, mask, cache and cache.layer(number), checkpointing == "selective")
         return self.norm(x)

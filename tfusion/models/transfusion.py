@@ -193,7 +193,8 @@ class Transfusion(MultimodalModel):
         ==========================  =============================================
         patch_decoder.proj          0 (the first output is the mean, as in DiT)
         of a U-Net or convolutions  1 / sqrt(inputs); the encoder's last layer a tenth of it, for the same reason as
-                                    below: patch vectors then are as large as a linear encoder's
+                                    below: patch vectors are then of std 0.06 at every patch side (a linear encoder's
+                                    grow with it, 0.06 to 0.45)
         all others                  the trunk's, also patch_encoder.proj: at unit scale noise would drown what the
                                     blocks write to the stream, and captions are learned late (LOG.md)
         ==========================  =============================================

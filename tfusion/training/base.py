@@ -264,7 +264,9 @@ class TrainedModule(L.LightningModule):
         name_optimizer_state(checkpoint, self._optimizer_names())
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError for weights of another architecture or image tokenizer."""
+        """Raise ValueError for weights of another architecture or image tokenizer; else take note of its caption drop,
+        against which guidance is checked before Lightning loads it.
+        """
         if "state_dict" in checkpoint:  # Lightning's FSDP2 has already loaded it, and the optimizer
             check_state_dict(self.state_dict(), checkpoint["state_dict"])
         if "text_tokenizer" not in checkpoint:
@@ -272,12 +274,12 @@ class TrainedModule(L.LightningModule):
         check_architecture(self.architecture(), checkpoint["architecture"])
         if self.image_fingerprint is not None:
             check_image_tokenizer(self.image_tokenizer, checkpoint.get("image_tokenizer"))
+        self._caption_drop = checkpoint.get("caption_drop")  # older ones do not say
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the tokenizer; refuse weights that do not fit in words."""
         self.check_checkpoint(checkpoint)
         self.text_tokenizer = TextTokenizer.from_json(checkpoint["text_tokenizer"])
-        self._caption_drop = checkpoint.get("caption_drop")  # older ones do not say
         self.labels_seen = checkpoint.get("labels_seen", 0)  # older checkpoints counted none
         if self._trainer is not None and self.trainer.state.fn == "fit":
             recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)

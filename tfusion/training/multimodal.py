@@ -24,6 +24,10 @@ from tfusion.training.base import TrainedModule
 from tfusion.training.parallel import check_strategy, shard, whole_model
 from tfusion.training.warm_start import InitFrom
 
+# Compiled for generation: one or many rows, one or many positions, with and without a mask, written in one place, in
+# several or behind all rows. torch's own limit of 8 would be reached, and then a block be eager.
+CODES_OF_A_BLOCK = 32
+
 
 class MultimodalModule(TrainedModule):
     """A `TrainedModule` of a `MultimodalModel`.
@@ -84,18 +88,30 @@ class MultimodalModule(TrainedModule):
         """Allocate and fill the weights on the device, once; under FSDP2 each rank its shards of them."""
         check_strategy(self.trainer.strategy, self.trainer.world_size)
         self.check_precision()
-        if self._materialized:
-            if self.device_mesh is not None and not self._blank:
-                raise ValueError("FSDP2 shards a model before its weights are allocated: give the Trainer a fresh one")
-            return
+        self._held = []
+        compiled = self.compile_blocks and self.trainer.state.fn == "fit"
         if self.device_mesh is not None:
-            self._blank.append(copy.deepcopy(self.model))
-            for model in (self.model, self.ema_model):
-                if model is not None:
-                    shard(model, self.device_mesh["data_parallel"], self._computes_in_bf16())
-        self.materialize(self.trainer.strategy.root_device)
-        if self.compile_blocks and self.trainer.state.fn == "fit":
+            self._check_sharded(compiled)
+        if not self._materialized:
+            if self.device_mesh is not None:
+                self._blank.append(copy.deepcopy(self.model))
+                for model in (self.model, self.ema_model):
+                    if model is not None:
+                        shard(model, self.device_mesh["data_parallel"], self._computes_in_bf16())
+            self.materialize(self.trainer.strategy.root_device)
+        if compiled:
             self.model.transformer.compile_blocks()
+
+    def _check_sharded(self, compiled: bool) -> None:
+        """Refuse what FSDP2 cannot do."""
+        if self._materialized and not self._blank:
+            raise ValueError("FSDP2 shards a model before its weights are allocated: give the Trainer a fresh one")
+        if compiled and self.model.transformer.activation_checkpointing == "selective":
+            raise ValueError(
+                "FSDP2 with compile_blocks and activation_checkpointing selective would compile nothing (torch cannot "
+                "leave a compiled block at FSDP2's hooks while it selects): set compile_blocks to false, or "
+                "activation_checkpointing to full or none"
+            )
 
     def counts_of_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """`global_counts`, taken note of at a step's first micro-batch; collective."""
@@ -152,7 +168,8 @@ class MultimodalModule(TrainedModule):
         device = model.embedding.weight.device.type
         # blocks that training compiled are not for a cache's shapes; predict_step runs inside Lightning's autocast
         stance = torch.compiler.set_stance("default" if self._held else "force_eager")
-        with torch.autocast(device, enabled=False), stance:
+        limit = torch.compiler.config.patch(recompile_limit=CODES_OF_A_BLOCK)
+        with torch.autocast(device, enabled=False), stance, limit:
             generator = self._generator(model)
             for start in range(0, len(parsed), batch_size or max(1, len(parsed))):
                 chunk = slice(start, start + (batch_size or len(parsed)))
@@ -178,11 +195,16 @@ class MultimodalModule(TrainedModule):
                     "data.caption_first 0.8 and data.caption_drop 0.1"
                 )
 
-    def hold_generation_model(self) -> None:
-        """Copy what generates once for many calls of `generate`, and compile it where `compile_blocks` says so, which
-        takes up to a minute. Later training does not change what is held.
+    def hold_generation_model(self, text: bool = True) -> None:
+        """Copy what generates once for many calls of `generate`, until the next run of a Trainer, and compile it where
+        `compile_blocks` says so, which takes up to a minute in the first calls.
+
+        Args:
+            text: whether any request will write text; where none does, its weights are not laid out for it.
         """
-        model = self._generation_model(text=True)
+        model = self._generation_model(text)
+        if model.embedding.weight is self.evaluation_model.embedding.weight:  # so far it shares weights
+            model = copy.deepcopy(model)
         if self.compile_blocks:
             model.transformer.compile_blocks(dynamic=True)
         self._held = [model]
@@ -203,7 +225,7 @@ class MultimodalModule(TrainedModule):
     def on_predict_start(self) -> None:
         """All requests are refused or accepted before the first is met; ranks may have unequal numbers of batches."""
         self.check_requests(self.trainer.datamodule.requests)
-        self.hold_generation_model()
+        self.hold_generation_model(any(request.generate != "image" for request in self.trainer.datamodule.requests))
 
     def on_predict_end(self) -> None:
         self._held = []

@@ -98,6 +98,8 @@ class TransfusionModule(MultimodalModule):
             logit_std,
             latents_are_pixels=pixels,
         )
+        if diffusion_loss_weight < 0:
+            raise ValueError(f"got diffusion_loss_weight {diffusion_loss_weight}, expected 5 (the paper's), or 0: none")
         self.diffusion_loss_weight = diffusion_loss_weight
         check_settings(self.process, self.generation)
 
@@ -108,6 +110,14 @@ class TransfusionModule(MultimodalModule):
     def architecture(self) -> dict[str, Any]:
         """What weights depend on and their shapes do not show."""
         return architecture_of(self.model, self.process)
+
+    def check_data(self, data: Any) -> None:
+        """Refuse data that leave nothing to learn."""
+        if not self.predicts_text and data.caption_first == 0 and data.image_first_noise_limit == 0:
+            raise ValueError(
+                "got a model with predict_text false, data.caption_first 0 and data.image_first_noise_limit 0: no "
+                "picture would have a loss; set data.caption_first to 1, as configs/diffusion_only.yaml"
+            )
 
     def training_flops(self, rows: int, positions: int, labels: int, images: int) -> int:
         """See `models/flops.py`."""
