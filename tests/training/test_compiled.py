@@ -11,6 +11,7 @@ from tests.models.test_attention import random_layout
 from tfusion.models.attention import training_mask
 from tfusion.models.transformer import Transformer
 from tfusion.requests import GenerationConfig
+from tfusion.training.trainer_settings import has_compiler
 
 STEPS = 6
 
@@ -105,3 +106,43 @@ def test_compiled_generation_equals_eager(tiny_module, byte_tokenizer):
         assert len(ours) == len(expected)
         for a, b in zip(ours, expected, strict=True):
             assert a == b if isinstance(a, str) else a.tobytes() == b.tobytes()
+
+
+def test_without_a_compiler_nothing_is_compiled_and_that_is_said(
+    tiny_module, tiny_data, tiny_trainer, monkeypatch, caplog
+):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    has_compiler.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    with caplog.at_level("WARNING"):
+        tiny_trainer(1).fit(tiny_module(compile_blocks=True), tiny_data())
+    has_compiler.cache_clear()
+    assert counters["stats"]["unique_graphs"] == 0
+    assert "there is no no-such-compiler here, so nothing is compiled" in caplog.text
+
+
+def test_blocks_are_compiled_where_weights_were_there_before(tiny_module, tiny_data, tiny_trainer):
+    torch._dynamo.reset()
+    counters.clear()
+    module = tiny_module(compile_blocks=True)
+    module.materialize("cpu")
+    tiny_trainer(1).fit(module, tiny_data())
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_is_held_is_apart_from_what_learns(tiny_module, tiny_data, tiny_trainer, byte_tokenizer):
+    """Until the next run of a Trainer, which generates from the weights of then."""
+    module = tiny_module(ema=False)
+    tiny_trainer(1).fit(module, tiny_data())
+    module.hold_generation_model()
+    request = {"segments": ["red"], "generate": "image", "num_inference_steps": 2}
+    [held] = module.generate([request])
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.normal_()
+    [same] = module.generate([request])
+    assert same.segments[0].tobytes() == held.segments[0].tobytes()
+    tiny_trainer(2).fit(module, tiny_data())
+    [new] = module.generate([request])
+    assert new.segments[0].tobytes() != held.segments[0].tobytes()

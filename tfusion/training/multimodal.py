@@ -22,6 +22,7 @@ from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer
 from tfusion.training.base import TrainedModule
 from tfusion.training.parallel import check_strategy, shard, whole_model
+from tfusion.training.trainer_settings import has_compiler
 from tfusion.training.warm_start import InitFrom
 
 # Compiled for generation: one or many rows, one or many positions, with and without a mask, written in one place, in
@@ -39,7 +40,7 @@ class MultimodalModule(TrainedModule):
         image_tokenizer, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed, init_from:
             `TrainedModule`'s.
         generation: default settings for samples and predictions.
-        compile_blocks: compile the trunk's blocks in `fit` and `predict`.
+        compile_blocks: compile the trunk's blocks in `fit` and `predict`, where there is a compiler.
     """
 
     image_measure: ClassVar[str]  # the loss of an image in `validation_step`'s "errors", as it is called in metrics
@@ -89,7 +90,7 @@ class MultimodalModule(TrainedModule):
         check_strategy(self.trainer.strategy, self.trainer.world_size)
         self.check_precision()
         self._held = []
-        compiled = self.compile_blocks and self.trainer.state.fn == "fit"
+        compiled = self._compiles(self.trainer.strategy.root_device) and self.trainer.state.fn == "fit"
         if self.device_mesh is not None:
             self._check_sharded(compiled)
         if not self._materialized:
@@ -101,6 +102,9 @@ class MultimodalModule(TrainedModule):
             self.materialize(self.trainer.strategy.root_device)
         if compiled:
             self.model.transformer.compile_blocks()
+
+    def _compiles(self, device: torch.device) -> bool:
+        return self.compile_blocks and has_compiler(device.type)
 
     def _check_sharded(self, compiled: bool) -> None:
         """Refuse what FSDP2 cannot do."""
@@ -205,7 +209,7 @@ class MultimodalModule(TrainedModule):
         model = self._generation_model(text)
         if model.embedding.weight is self.evaluation_model.embedding.weight:  # so far it shares weights
             model = copy.deepcopy(model)
-        if self.compile_blocks:
+        if self._compiles(model.embedding.weight.device):
             model.transformer.compile_blocks(dynamic=True)
         self._held = [model]
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
+import shutil
+import sys
 from typing import Any
 
+log = logging.getLogger(__name__)
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module divides rows among ranks itself
     "max_epochs": -1,  # the training data has no end: max_steps stops a run
@@ -41,6 +47,16 @@ def check_precision(precision: Any) -> None:
             "round to nothing; expected bf16-mixed, which computes in bf16 and learns in fp32, and with more than one "
             "process FSDP2 (--config configs/trainer/fsdp2.yaml) so that each holds only its share of the fp32 weights"
         )
+
+
+@functools.cache
+def has_compiler(device_type: str) -> bool:
+    """Whether `torch.compile` finds what it needs there, which on a CPU is a C++ compiler; where not, that is said."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
+    if device_type != "cpu" or shutil.which(compiler):
+        return True
+    log.warning("compile_blocks: there is no %s here, so nothing is compiled, which is slower; install it", compiler)
+    return False
 
 
 def check_validation_interval(config: Any) -> None:
