@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def command(start: str) -> str:
-    [found] = [line for line in COMMANDS if line.startswith(start)]
+    [found] = [line for line in COMMANDS if line == start] or [line for line in COMMANDS if line.startswith(start)]
     return found
 
 

@@ -250,6 +250,7 @@ def run(cli: type[TfusionCLI], args: list[str] | None = None) -> TfusionCLI:
     """
     parent = os.getppid()
     _quieten()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU is no news, compiled blocks or not
     package = logging.getLogger("tfusion")
     package.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
     if not package.handlers:

@@ -18,7 +18,7 @@ def rows() -> dict[tuple[str, str, int], dict]:
 
 
 def test_each_row_is_whole(rows: dict, capsys: pytest.CaptureFixture) -> None:
-    parameters.main()
+    parameters.main([])
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == list(rows.values())
     assert len(rows) == 30
     for (size, adapter, k), row in rows.items():

@@ -158,7 +158,7 @@ def test_wrong_folders_are_refused(folder: str, tmp_path: Path, monkeypatch: pyt
         VAETokenizer(str(tmp_path))
     (tmp_path / "x.safetensors").touch()
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
-    with pytest.raises(ValueError, match=r"holds a AutoencoderTiny, expected AutoencoderKL \(VAE.* or VQModel \(VQ"):
+    with pytest.raises(ValueError, match=r"holds AutoencoderTiny .*: only AutoencoderKL \(VAE.* and VQModel \(VQ"):
         VAETokenizer(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"in_channels": 1}))
     with pytest.raises(ValueError, match="1 image channels, expected 3"):
@@ -271,7 +271,7 @@ def test_ids_that_are_no_codes_are_refused(vq_folder: str, wrong: float) -> None
 
 
 def test_each_tokenizer_names_the_one_that_reads_the_other_kind(folder: str, vq_folder: str) -> None:
-    with pytest.raises(ValueError, match="holds a VQModel, expected .* AutoencoderKL for VAETokenizer.*; VQTokenizer"):
+    with pytest.raises(ValueError, match="holds VQModel .* expected AutoencoderKL for VAETokenizer: take VQTokenizer"):
         VAETokenizer(vq_folder)
-    with pytest.raises(ValueError, match="holds a AutoencoderKL, expected .* VQModel for VQTokenizer.*; VAETokenizer"):
+    with pytest.raises(ValueError, match="holds AutoencoderKL .* expected VQModel for VQTokenizer: take VAETokenizer"):
         VQTokenizer(folder)

@@ -13,6 +13,7 @@ are `linear` and `conv` at k = 2 latents a patch side, and `unet` at 1, 2, 4 and
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -59,8 +60,9 @@ def row(size: str, adapter: str, patch_size: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """All sizes with all adapters."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(args)
     for size in SIZES:
         for adapter, patch_size in ADAPTERS:
             sys.stdout.write(json.dumps(row(size, adapter, patch_size)) + "\n")

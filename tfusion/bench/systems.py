@@ -6,9 +6,10 @@
 Every system is a base of `configs/small/` with overlays of `configs/ablation/`. A step of those of both modalities has
 the same number of positions, half of them text; text-only and diffusion-only see that half of it which is theirs.
 Each is `tfusion fit`, then `tfusion validate`; a run that was cut off goes on from its last checkpoint, one that is
-done is only read. Prints the table in markdown; `--out`/systems.json holds all
-numbers, of earlier calls as well. The systems read scenes out of
-the caches `runs/encode` and `runs/encode_ids` of our small autoencoders (the configs' headers say how to make them).
+done is only read, and one that was made by another command is refused: give trials an `--out` of their own. All of them
+take about 5 hours with one core each. Says on stderr what begins and ends; prints the table in markdown; `--out`/
+systems.json holds all numbers, of earlier calls as well. The systems read scenes out of the caches `runs/encode` and
+`runs/encode_ids` of our small autoencoders (the configs' headers say how to make them).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,34 @@ SYSTEMS = (
 )
 
 
+CHILDREN: set[subprocess.Popen] = set()
+
+
+def call(args: list[str], log: Path, threads: int) -> int:
+    """Run a command, its output at the end of a file, and return what it exits with."""
+    with log.open("a", encoding="utf-8") as output:
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        child = subprocess.Popen(args, stdout=output, stderr=subprocess.STDOUT, env=env)
+    CHILDREN.add(child)
+    try:
+        return child.wait()
+    finally:
+        CHILDREN.discard(child)
+
+
+def stop(number: int, frame: Any) -> None:
+    """End what runs as well: alone it would train on, beside what the next call starts."""
+    for child in list(CHILDREN):
+        child.terminate()
+    say("stopped; the same command goes on from the last checkpoints")
+    os._exit(128 + number)
+
+
+def say(what: str) -> None:
+    sys.stderr.write(what + "\n")
+    sys.stderr.flush()
+
+
 def command(system: System, seed: int, root: Path, configs: Path, extra: list[str]) -> list[str]:
     """`tfusion fit` of a system, from where it stands."""
     args = [sys.executable, "-m", "tfusion", "fit"]
@@ -78,29 +108,40 @@ def command(system: System, seed: int, root: Path, configs: Path, extra: list[st
     args += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
     args += ["--generation_metrics.every_n_steps", "1000000000"]  # `validate` measures
     args += ["--data.max_images_per_row", str(system.slots)] if system.slots else []
-    args += ["--data.seed", str(seed), "--model.init_args.seed", str(seed), *extra]
-    if (root / "checkpoints" / "last.ckpt").exists():
-        args += ["--ckpt_path", "last"]
-    return args
+    return [*args, "--data.seed", str(seed), "--model.init_args.seed", str(seed), *extra]
 
 
 def run(system: System, seed: int, out: Path, configs: Path, threads: int, extra: list[str]) -> dict[str, Any]:
     """Train, validate and read one run; what is done already is not done again."""
     root = out / f"{system.name}-seed{seed}"
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     root.mkdir(parents=True, exist_ok=True)
-    if not (root / "validation.json").exists():
-        validate = [sys.executable, "-m", "tfusion", "validate", "--config", str(root / "config.yaml")]
-        validate += ["--ckpt_path", "last", "--trainer.enable_progress_bar", "false"]
-        for name, args in (("fit", command(system, seed, root, configs, extra)), ("validate", validate)):
-            if name == "fit" and (root / "fitted").exists():
-                continue
-            with (root / f"{name}.log").open("a", encoding="utf-8") as log:
-                done = subprocess.run(args, stdout=log, stderr=subprocess.STDOUT, env=env, check=False)
-            if done.returncode:
-                return {"system": system.name, "seed": seed, "failed": f"{name}: see {name}.log in its run folder"}
-            (root / "fitted").touch()
+    fit, label = command(system, seed, root, configs, extra), f"{system.name}, seed {seed}"
+    asked = root / "command.json"
+    if asked.exists() and json.loads(asked.read_text(encoding="utf-8")) != fit[1:]:
+        return failed(system, seed, f"{root} was made by another command (command.json): give another --out")
+    asked.write_text(json.dumps(fit[1:]) + "\n", encoding="utf-8")
+    if (root / "checkpoints" / "last.ckpt").exists():
+        fit += ["--ckpt_path", "last"]
+    validate = [sys.executable, "-m", "tfusion", "validate", "--config", str(root / "config.yaml")]
+    validate += ["--ckpt_path", "last", "--trainer.enable_progress_bar", "false"]
+    marks = {"fit": root / "fitted", "validate": root / "validation.json"}
+    for name, args in (("fit", fit), ("validate", validate)):
+        if marks["validate"].exists() or marks[name].exists():
+            continue
+        log = root / f"{name}.log"
+        say(f"{label}: {name} (its output: {log})")
+        if call(args, log, threads):
+            lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+            return failed(system, seed, f"{name}: {next((x for x in reversed(lines) if x.strip()), '')} (all: {log})")
+        (root / "fitted").touch()
+    say(f"{label}: done")
     return read(system.name, seed, root)
+
+
+def failed(system: System, seed: int, why: str) -> dict[str, Any]:
+    """A line of the table that says why it has no figures."""
+    say(f"{system.name}, seed {seed}: {why}")
+    return {"system": system.name, "seed": seed, "failed": why}
 
 
 def read(name: str, seed: int, root: Path) -> dict[str, Any]:
@@ -132,21 +173,31 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="the repository's configs")
     parser.add_argument("--only", default="", help="systems whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, help="of each run; by default the cores / jobs")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of a system's")
+    parser.add_argument("--threads", type=int, help="of each run; by default OMP_NUM_THREADS, or the cores / jobs")
     parser.add_argument(
         "extra", nargs="*", help="after --: more arguments of `tfusion fit`, such as --trainer.max_steps 20"
     )
     options = parser.parse_args(args)
-    threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
-    chosen = [(system, seed) for system in SYSTEMS if options.only in system.name for seed in system.seeds]
+    share = max(1, (os.cpu_count() or 1) // options.jobs)
+    threads = options.threads or int(os.environ.get("OMP_NUM_THREADS", share))
+    named = [(system, seed) for system in SYSTEMS if options.only in system.name for seed in system.seeds]
+    chosen = [(system, seed) for system, seed in named if options.seeds is None or seed in options.seeds]
     if not chosen:
-        parser.error(f"no system's name contains {options.only!r}: {', '.join(system.name for system in SYSTEMS)}")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        settings = (options.out, options.configs, threads, options.extra)
-        results = list(pool.map(lambda one: run(*one, *settings), chosen))
+        names = ", ".join(f"{system.name} ({len(system.seeds)})" for system in SYSTEMS)
+        parser.error(f"no system's name contains {options.only!r}, with these seeds; there are (seeds): {names}")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     options.out.mkdir(parents=True, exist_ok=True)
-    write(options.out / "systems.json", results)
+    settings = (options.out, options.configs, threads, options.extra)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = [pool.submit(run, *one, *settings) for one in chosen]
+        for done in as_completed(runs):
+            write(options.out / "systems.json", [done.result()])
+    results = [one.result() for one in runs]
     sys.stdout.write(as_table(results))
+    if any("failed" in result for result in results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

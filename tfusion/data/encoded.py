@@ -35,7 +35,9 @@ def check_latents(corpora: Sequence[ImageCorpus], image_tokenizer: Any) -> bool:
             raise ValueError(
                 f"the latents of corpus {corpus.name!r} were made by the image tokenizer {corpus.fingerprint!r}, the "
                 f"model's image_tokenizer is {image_tokenizer.fingerprint!r}: give the model the autoencoder that made "
-                "them, or encode the corpus again (tfusion predict --config configs/encode.yaml)"
+                "them, or encode the corpus again with the model's into another folder (tfusion predict --config "
+                "configs/encode.yaml --model.init_args.image_tokenizer.init_args.path THE_MODELS "
+                "--trainer.default_root_dir runs/another)"
             )
         expected = tuple(image_tokenizer.latent_shape(corpus.image_size))
         if corpus.latent_shape != expected:

@@ -11,8 +11,6 @@ Legend: I images, C, h, w latent channels and size, k patch side, P = (h / k) (w
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +21,10 @@ def num_patches(latent_shape: tuple[int, int, int], patch_size: int) -> int:
     """P; raises ValueError where the patch does not divide the latent."""
     C, h, w = latent_shape
     if patch_size < 1 or h % patch_size or w % patch_size:
+        divisors = [str(k) for k in range(1, min(h, w) + 1) if h % k == w % k == 0]
         raise ValueError(
-            f"patch_size {patch_size} does not divide the latent size {h} x {w}: take a common divisor "
-            f"(such as {math.gcd(h, w)}) or another image size"
+            f"patch_size {patch_size} does not divide the latent size {h} x {w}: take {', '.join(divisors)}, or "
+            "another image size"
         )
     return (h // patch_size) * (w // patch_size)
 

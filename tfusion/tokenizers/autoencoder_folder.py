@@ -37,10 +37,11 @@ def load_config(path: str, subfolder: str | None, kind: str) -> tuple[dict[str, 
         ) from error
     found = config.get("_class_name")
     if found != kind:
-        advice = f"; {TOKENIZERS[found]} reads it" if found in TOKENIZERS else ""
+        read = " and ".join(f"{kind} ({tokenizer})" for kind, tokenizer in TOKENIZERS.items())
+        advice = f"take {TOKENIZERS[found]}" if found in TOKENIZERS else f"only {read} can be read"
         raise ValueError(
-            f"{str(folder)!r} holds a {found}, expected {' or '.join(f'{k} ({t})' for k, t in TOKENIZERS.items())}, "
-            f"and {kind} for {TOKENIZERS[kind]} (see _class_name in config.json){advice}"
+            f"{str(folder)!r} holds {found} (_class_name in config.json), expected {kind} for {TOKENIZERS[kind]}: "
+            f"{advice}"
         )
     # What an older config does not say is the constructor's default, as when the weights are loaded.
     defaults = {name: argument.default for name, argument in inspect.signature(network).parameters.items()}

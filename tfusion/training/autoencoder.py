@@ -10,6 +10,7 @@ Legend: I image slots, S a picture's side, C, h, w latents.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from tfusion.training.base import TrainedModule
 from tfusion.training.codebook import StepCodes, statistics
 from tfusion.training.optim import clip_gradients
 from tfusion.training.validation_log import log_validation
+
+log = logging.getLogger(__name__)
 
 
 class AutoencoderModule(TrainedModule):
@@ -246,6 +249,10 @@ class AutoencoderModule(TrainedModule):
         self._validation.write_sheet(root / "samples" / f"step={trainer.global_step:07d}.png")
         latents = self._validation.latent_statistics() if self.codes is None else None
         export(self.evaluation_model, root / "autoencoder", latents)
+        if trainer.global_step >= trainer.max_steps:
+            found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            figures = ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in found.items())
+            log.info("the autoencoder is in %s; %s", root / "autoencoder", figures)
 
 
 def _own(name: str, given: float | None, default: float, used: bool, why: str) -> float:
