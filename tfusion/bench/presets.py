@@ -20,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import yaml
 from torch import Tensor
 
 from tfusion.callbacks.sharing import picture_of, pixels_of
+from tfusion.data.corpora import CaptionedImage
 from tfusion.data.scene_prompts import KINDS, scene_prompts
 from tfusion.data.sources import captions_of
 from tfusion.loading import load, load_data
@@ -81,20 +83,32 @@ def features_of(network: Reference, pictures: Tensor) -> Tensor:
     return torch.cat([network.features(part) for part in pictures.split(256)])
 
 
-def measure(maker: Maker, pictures: Any, scenes: int, images: int, seeds: int) -> dict[str, Any]:
+class Held:
+    """The pictures held out, and the distance of others to them; their features are computed once."""
+
+    def __init__(self, pictures: Sequence[CaptionedImage]) -> None:
+        self.pictures, self.network = pictures, Reference()
+        self.network.load(torch.device("cpu"))
+        self.distances = ImageDistances(self.network.num_features)
+        truth = torch.stack([pictures[i].image for i in range(len(pictures))])
+        self.distances.update(features_of(self.network, truth), real=True)
+
+    def captions(self, number: int) -> list[str]:
+        """The first of each picture's, in turn."""
+        return [captions_of(self.pictures, i % len(self.pictures))[0] for i in range(number)]
+
+    def distance(self, made: Tensor) -> float:
+        """The Frechet distance of (N, 3, H, H)."""
+        self.distances.reset()
+        self.distances.update(features_of(self.network, made), real=False)
+        return self.distances.compute().frechet
+
+
+def measure(maker: Maker, held: Held, scenes: int, images: int, seeds: int) -> dict[str, Any]:
     """One preset's line, but for `faster`."""
     result: dict[str, Any] = composition(maker, scenes)
-    network = Reference()
-    network.load(torch.device("cpu"))
-    distances = ImageDistances(network.num_features)
-    truth = torch.stack([pictures[i].image for i in range(len(pictures))])
-    distances.update(features_of(network, truth), real=True)
-    captions = [captions_of(pictures, i % len(pictures))[0] for i in range(images)]
-    found = []
-    for seed in range(seeds):
-        distances.reset()
-        distances.update(features_of(network, maker.pictures(captions, first_seed=1_000_000 * (seed + 1))), real=False)
-        found.append(distances.compute().frechet)
+    captions = held.captions(images)
+    found = [held.distance(maker.pictures(captions, first_seed=1_000_000 * (seed + 1))) for seed in range(seeds)]
     s_per_image = statistics.median(maker.seconds)
     return result | {
         "images": images,
@@ -124,12 +138,12 @@ def main(args: list[str] | None = None) -> None:
     if not getattr(corpus, "scenes", False):
         parser.error(f"the run's corpus is {corpus.name!r}; scenes are read from pictures of shapes alone")
     module.hold_generation_model(text=False)
-    slowest = None
+    held, slowest = Held(corpus.load("val")), None
     for file in options.presets:
         maker = Maker(module, replace(module.generation, **settings_of(file)), options.batch_size)
         maker.pictures(["a big red circle"] * options.batch_size, first_seed=0)  # compiles
         maker.seconds.clear()
-        line = measure(maker, corpus.load("val"), options.scenes, options.images, options.seeds)
+        line = measure(maker, held, options.scenes, options.images, options.seeds)
         slowest = line["s_per_image"] if slowest is None else slowest
         sys.stdout.write(json.dumps({"preset": file.stem, **line, "faster": slowest / line["s_per_image"]}) + "\n")
         sys.stdout.flush()
