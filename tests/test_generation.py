@@ -164,7 +164,7 @@ def test_denoising_leaves_the_rows_as_they_were(model):
     view = cache.view(torch.full((2, 7), -1), write=True)
     x = torch.randn(2, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model.transformer(x, view.index, cache=view)
-    view.advance([7, 4])
+    cache.advance([7, 4])
     before = cache.keys.clone()
     beside = cache.view(torch.zeros(2, 4, dtype=torch.long), write=False)
     model.transformer(x[:, :4], beside.index, cache=beside)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from tfusion.bench.packed import packed_batch
 from tfusion.callbacks.ema import EMA
 from tfusion.callbacks.perplexity import Perplexity
+from tfusion.models.attention import attend, training_mask
+from tfusion.replay import Replayed, TokenSteps
 from tfusion.requests import GenerationConfig
+from tfusion.rows import extend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+REQUESTS = [
+    {"segments": ["red"], "generate": "image", "n": 2, "seed": 1},
+    {"segments": ["a longer prompt"], "generate": "image", "seed": 2},
+    {"segments": ["one"], "generate": "any", "n": 2, "seed": 3},
+    {"segments": ["words, words"], "generate": "text", "n": 3, "seed": 4},
+]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["ddpm", "flow"])
 def test_fit_validate_and_generate(tiny_module, tiny_data, tiny_trainer, family):
     settings = GenerationConfig(num_inference_steps=4, guidance_scale=2.0, max_new_tokens=4, temperature=0.7)
@@ -33,8 +47,6 @@ def test_fit_validate_and_generate(tiny_module, tiny_data, tiny_trainer, family)
     assert made[0].segments[0].size == (8, 8)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_losses_are_those_of_the_cpu(tiny_module, tiny_data, tiny_trainer):
     losses = {}
     for accelerator in ("cpu", "gpu"):
@@ -42,3 +54,63 @@ def test_losses_are_those_of_the_cpu(tiny_module, tiny_data, tiny_trainer):
         tiny_trainer(5, accelerator=accelerator).fit(module, tiny_data())
         losses[accelerator] = module.step_metrics()["train/loss"]
     assert losses["gpu"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["flex", "sdpa"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_compiled_losses_are_those_of_eager_sdpa(tiny_module, tiny_data, tiny_trainer, backend, checkpointing):
+    losses = {}
+    for compiled in (False, True):
+        module = tiny_module(
+            dim=64,
+            attention_backend=backend if compiled else "sdpa",
+            activation_checkpointing=checkpointing if compiled else "none",
+            compile_blocks=compiled,
+        )
+        tiny_trainer(5, accelerator="gpu").fit(module, tiny_data())
+        losses[compiled] = module.step_metrics()["train/loss"]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+def test_flex_attention_is_sdpa_forward_and_backward():
+    """On packed rows, in fp32 against float64."""
+    batch = packed_batch(2, 600, (3, 32, 32), 4).to("cuda")
+    rule = (batch.document_ids, batch.image_ids, batch.hidden)
+    draws = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 4, 600, 32, generator=draws).cuda().requires_grad_() for _ in range(3)]
+    upstream = torch.randn(2, 4, 600, 32, generator=draws).cuda()
+    flex = attend(*inputs, training_mask(*rule, backend="flex"))
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = attend(*wide, training_mask(*rule, backend="sdpa").double())
+    for ours, theirs in zip(
+        [flex, *torch.autograd.grad(flex, inputs, upstream)],
+        [exact, *torch.autograd.grad(exact, wide, upstream.double())],
+        strict=True,
+    ):
+        assert (ours - theirs).norm() / theirs.norm() < 2e-3  # (tf32 products, if anything)
+
+
+@pytest.mark.parametrize("kind", ["transfusion", "chameleon"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replayed_generation_is_plain_generation(tiny_module, tiny_chameleon, monkeypatch, kind, compiled):
+    """Pictures and texts of graphs, blocks compiled or not, against those launched one by one."""
+    settings = GenerationConfig(num_inference_steps=4, guidance_scale=2.0, max_new_tokens=20, temperature=0.7)
+    module = (tiny_module if kind == "transfusion" else tiny_chameleon)(dim=64, generation=settings)
+    module.materialize(torch.device("cuda"))
+    recorded = []
+    record = Replayed._record
+    monkeypatch.setattr(Replayed, "_record", lambda self, inputs: recorded.append(1) or record(self, inputs))
+    module.compile_blocks = compiled
+    module.hold_generation_model()
+    ours = module.generate(REQUESTS)
+    assert recorded
+    module._held = []
+    monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.call(*inputs))
+    monkeypatch.setattr(TokenSteps, "__call__", lambda self, contents: extend(self.model, self.cache, contents))
+    for a, b in zip(ours, module.generate(REQUESTS), strict=True):
+        assert [type(s) for s in a.segments] == [type(s) for s in b.segments]
+        for one, other in zip(a.segments, b.segments, strict=True):
+            if isinstance(one, str):
+                assert one == other
+            else:
+                assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2

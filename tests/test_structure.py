@@ -40,6 +40,7 @@ TIERS = [
         "tokenizers",
     },
     {"rows"},
+    {"replay"},
     {"denoising", "image_tokens"},
     {"decoding"},
     {"generation", "data.corpora", "data.order"},
@@ -99,7 +100,7 @@ TIERS = [
 ]
 # A package's own pieces may import each other.
 FAMILIES = ("tokenizers", "metrics", "callbacks", "report", "bench", "models", "training", "data.shapes")
-FIRST_WITH_LIGHTNING = 15
+FIRST_WITH_LIGHTNING = 16
 
 
 def module_of(path: Path) -> str:

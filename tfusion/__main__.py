@@ -43,7 +43,7 @@ from tfusion.training.base import TrainedModule
 from tfusion.training.chameleon import ChameleonModule  # noqa: F401 (so that YAML may name it, as --help does)
 from tfusion.training.encoding import CorpusEncoder
 from tfusion.training.parallel import check_strategy
-from tfusion.training.trainer_settings import TRAINER_DEFAULTS, check_trainer, check_validation_interval
+from tfusion.training.trainer_settings import TRAINER_DEFAULTS, check_trainer, check_validation_interval, precision_on
 from tfusion.training.transfusion import TransfusionModule  # noqa: F401 (so that YAML may name it, as --help does)
 from tfusion.training.warm_start import read_checkpoint
 
@@ -138,6 +138,8 @@ class TfusionCLI(LightningCLI):
         callbacks += [BadRecordReport(), TrainingMetrics(), RankedChoice(), ReconstructionQuality()]
         if config.accelerator == "auto" and not torch.cuda.is_available():
             kwargs["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sums of losses need
+        if "cpu" in (config.accelerator, kwargs.get("accelerator")):
+            kwargs["precision"] = precision_on("cpu", config.precision)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(LossProgressBar())
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)

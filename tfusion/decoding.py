@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tfusion.models.base import MultimodalModel
 from tfusion.models.kv_cache import KVCache
+from tfusion.replay import TokenSteps
 from tfusion.requests import GenerationConfig
 from tfusion.rows import Content, Sample, extend, length_of, without_text
 from tfusion.sequence import BOI_ID, EOI_ID, EOS_ID, NUM_SPECIAL_IDS
@@ -78,6 +79,7 @@ class Decoding:
         if not active:
             return
         cache, hidden, order = self.cache.select(active), self.hidden[active], list(active)
+        steps = TokenSteps(self.model, cache)
         while True:
             tokens = self._next_tokens(hidden, [self.rows[i] for i in order], cache.row_lengths)
             contents: list[Content] = []
@@ -92,8 +94,8 @@ class Decoding:
                 if not going:
                     return
                 cache, order = cache.select(going), [order[k] for k in going]
-                contents = [contents[k] for k in going]
-            hidden = extend(self.model, cache, contents)
+                contents, steps = [contents[k] for k in going], TokenSteps(self.model, cache)
+            hidden = steps(contents)
 
     def _take(self, row: Sample, token: int, length: int) -> bool:
         """Account for a sampled token; whether the row's text goes on."""

@@ -17,6 +17,7 @@ from tfusion.diffusion import NoiseProcess
 from tfusion.models.kv_cache import CacheView, KVCache
 from tfusion.models.transfusion import Transfusion
 from tfusion.randomness import generator
+from tfusion.replay import Replayed
 from tfusion.requests import GenerationConfig
 from tfusion.rows import Content, Sample, rotary_positions
 from tfusion.samplers import Sampler
@@ -82,16 +83,18 @@ class Denoiser:
 
         own = torch.arange(R, device=self.device)
         images, view = torch.cat([own, guided]), self._image_view(cache)  # whose image a row of the cache denoises
-        unguided = view if all(needed) else self._image_view(cache.select(list(range(R))))
+        alone = view if all(needed) else self._image_view(cache.select(list(range(R))))
+        both = Replayed(lambda x_t, timesteps: self._predict(x_t, timesteps, images, view))
+        unguided = Replayed(lambda x_t, timesteps: self._predict(x_t, timesteps, own, alone))
         for index, timestep in enumerate(sampler.timesteps):
             timesteps = torch.full((R,), timestep, device=self.device, dtype=x_t.dtype)
             if needed[index]:
-                output = self._predict(x_t, timesteps, images, view)
+                output = both(x_t, timesteps)
                 output, null = output[:R], output[R:]
                 # classifier-free guidance (Ho & Salimans 2022, eq. 6, with scale = 1 + w)
                 output = output.index_copy(0, guided, null + scales[index] * (output[guided] - null))
             else:
-                output = self._predict(x_t, timesteps, own, unguided)
+                output = unguided(x_t, timesteps)
             x_t = sampler.step(output, index, x_t, draws)
         return x_t
 

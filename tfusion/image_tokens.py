@@ -16,8 +16,9 @@ from torch import Tensor
 from tfusion.models.chameleon import Chameleon
 from tfusion.models.kv_cache import KVCache
 from tfusion.randomness import generator
+from tfusion.replay import TokenSteps
 from tfusion.requests import GenerationConfig
-from tfusion.rows import Content, Sample, extend
+from tfusion.rows import Content, Sample
 from tfusion.token_sampling import sample_tokens
 
 
@@ -67,14 +68,14 @@ class IdSampler:
         P, guided = self.model.num_patches, [r for r, row in enumerate(rows) if row.null is not None]
         seeds = [("image", row.request.seed, row.sample, row.num_images) for row in rows]
         draws = torch.stack([torch.rand(P, generator=generator(*parts)) for parts in seeds]).to(self.device)  # (R, P)
-        ids: list[Tensor] = []
+        steps, ids = TokenSteps(self.model, cache), list[Tensor]()
         while True:
             ids.append(self._next_ids(hidden, rows, guided, draws[:, len(ids)]))
             last = ids[-1].tolist()
             contents: list[Content] = [[last[r]] for r in [*range(len(rows)), *guided]]
             if len(ids) == P:
                 return self.model.latents_of(torch.stack(ids, 1)), contents
-            hidden = extend(self.model, cache, contents)
+            hidden = steps(contents)
 
     def _next_ids(self, hidden: Tensor, rows: list[Sample], guided: list[int], uniforms: Tensor) -> Tensor:
         """The next id of each row, (R,), of the one vocabulary."""

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.training.multimodal import MultimodalModule
 from tfusion.training.run_folder import find_checkpoint
+from tfusion.training.trainer_settings import precision_on
 
 
 def load(
@@ -39,10 +40,11 @@ def load(
     parser.add_subclass_arguments(L.LightningModule, "model")
     module: MultimodalModule = parser.instantiate(parser.parse_object({"model": settings["model"]})).model
     state = torch.load(find_checkpoint(root, checkpoint), map_location="cpu", weights_only=True)
-    module.materialize(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    module.materialize(device)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])
-    module.precision = str(settings["trainer"]["precision"])
+    module.precision = precision_on(device.type, settings["trainer"]["precision"])
     return module.eval()
 
 

@@ -80,7 +80,7 @@ def extend(model: MultimodalModel, cache: KVCache, contents: list[Content]) -> T
         x = x.view(R * T, -1).index_copy(0, index, patches.flatten(0, 1)).view(R, T, -1)
     view = cache.view(model.seen_together(image_ids.to(device)), write=True)
     hidden = model.transformer(x, rotary_positions(model, view.index), cache=view)
-    view.advance(counts)
+    cache.advance(counts)
     if T == 1:
         return hidden[:, 0]
     last = torch.tensor([max(count - 1, 0) for count in counts], device=device)

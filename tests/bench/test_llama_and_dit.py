@@ -119,7 +119,8 @@ def test_an_evaluation_lasts_until_the_next(monkeypatch: pytest.MonkeyPatch) -> 
     clock = iter([0.0, 100.0, 200.0, 10.0, 11.0, 16.0])
     monkeypatch.setattr(evaluations, "_mark", lambda: next(clock))
     network = torch.nn.Identity()
-    watched = Evaluations(network)
+    watched = Evaluations()
+    network.register_forward_pre_hook(watched.mark)
     call = watched.watch("ours", lambda: [network(torch.zeros(1)) for _ in range(3)])
     call(), call()
     assert watched.counts == {"ours": 3}

@@ -11,6 +11,7 @@ import torch
 
 from tfusion.bench import llama, sampling, text, train_step
 from tfusion.bench.flops import matmul_rate
+from tfusion.bench.packed import as_samples, packed_batch
 from tfusion.bench.setting import PRECISIONS, Sizes, in_turn, our_module, parser, sizes_of
 from tfusion.bench.trace import part_of
 
@@ -47,6 +48,21 @@ def test_training_step(dtype: str, capsys: pytest.CaptureFixture) -> None:
     assert "peer" not in result and "ratio" not in result
     assert result["dtype"] == dtype
     assert result["compiled"] is False
+    assert (result["attention"], result["matmul_share_of_squares"]) == ("sdpa", result["matmul_share"])
+
+
+def test_training_step_of_packed_rows(capsys: pytest.CaptureFixture) -> None:
+    """Two images of 4 patches a row, half of its positions; or, of the same rows, one text and no adapters."""
+    packed = printed(train_step, capsys, "--seq-len", "100", "--eager", "--checkpointing", "full")
+    assert (packed["seq_len"], packed["positions"], packed["images_a_row"]) == (100, 200, 1)
+    assert 0 < packed["attention_share"] < 0.5
+    assert packed["checkpointing"] == "full"
+    text = printed(train_step, capsys, "--seq-len", "100", "--eager", "--text-only")
+    assert (text["seq_len"], text["positions"], text["images_a_row"]) == (100, 200, 0)
+    assert text["params"] < packed["params"]
+    with pytest.raises(SystemExit):
+        train_step.main([*FLAGS, "--text-only"])
+    assert "takes --seq-len" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -100,7 +116,7 @@ def test_the_timed_step_trains(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) ->
     """Warm-up and timed rounds are optimizer steps of the real module, with its clipping."""
     modules = []
     monkeypatch.setattr(train_step, "our_module", lambda *a, **k: modules.append(our_module(*a, **k)) or modules[0])
-    train_step.measure(sizes, 5, with_peer=False)
+    train_step.measure(sizes, train_step.Rows(5), with_peer=False)
     [module] = modules
     assert module.trainer.global_step == 3
     assert module.trainer.gradient_clip_val == 1.0
@@ -115,10 +131,27 @@ def test_the_timed_step_trains(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) ->
     assert not unchanged
 
 
+def test_the_peer_gets_what_is_in_packed_rows(sizes: Sizes) -> None:
+    """Every text id and image of a row, in its order, and nothing else."""
+    batch = packed_batch(2, 120, sizes.latent_shape, sizes.patch_size, images_a_row=2)
+    samples = as_samples(batch)
+    assert len(samples) == 2
+    images = [part for row in samples for part in row if part.ndim == 3]
+    assert torch.equal(torch.stack(images), batch.latents)
+    for ids, of_image, row in zip(batch.token_ids, batch.image_ids, samples, strict=True):
+        words = torch.cat([part for part in row if part.ndim == 1])
+        assert (words + 5).tolist() == [
+            i for i, image in zip(ids.tolist(), of_image, strict=True) if image < 0 and i > 4
+        ]
+        assert [part.ndim for part in row] == [1, 3, 1, 3, 1]
+
+
 def test_both_sides_get_the_same_samples(sizes: Sizes) -> None:
     """Text ids moved up past the special ones, patches in raster order."""
     texts, patches = train_step.samples_of(sizes, 5)
     batch = train_step.our_batch(sizes, texts, patches)
+    for words, image, sample in zip(texts, batch.latents, as_samples(batch), strict=True):
+        assert torch.equal(sample[0], words) and torch.equal(sample[1], image) and len(sample) == 2
     assert (batch.token_ids[:, 1:6] - 5).tolist() == [text.tolist() for text in texts]
     encoder = our_module(sizes, batch.token_ids.shape[1]).model.materialize("cpu", 0).patch_encoder
     seen = []

@@ -50,7 +50,7 @@ def step(
     view = cache.view(images, write)
     out = trunk(padded, view.index, cache=view)
     if write:
-        view.advance(counts)
+        cache.advance(counts)
     return [out[b, :count] for b, count in enumerate(counts)]
 
 

@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
 from tfusion.bench.setting import DEVICE, wait
 from tfusion.models.flops import adapter_flops, trunk_flops
@@ -22,18 +21,20 @@ from tfusion.models.transfusion import Transfusion
 
 
 class Evaluations:
-    """When a network is evaluated, told by one of its modules that runs once an evaluation.
+    """When a network is evaluated, told by what calls `mark` once an evaluation.
 
     Attributes:
         counts: evaluations in the last call of each name.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self._marks: list[Any] = []
         self._intervals: dict[str, list[list[float]]] = {}
-        marks = self._marks
-        module.register_forward_pre_hook(lambda *_: marks.append(_mark()))  # a bf16 copy of the model keeps its hooks
+
+    def mark(self, *_: Any) -> None:
+        """Once an evaluation, at the same place in each; also a module's hook."""
+        self._marks.append(_mark())
 
     def watch(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         """The call, with its evaluations noted."""
@@ -67,7 +68,9 @@ def _seconds(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
-def plain_forwards(model: Transfusion, images: int, rows: int, repeats: int) -> Callable[[], None]:
+def plain_forwards(
+    model: Transfusion, images: int, rows: int, repeats: int, mark: Callable[[], None]
+) -> Callable[[], None]:
     """Forwards of the patches of `rows` rows, the `images` images and again those that guidance has twice."""
     device = model.embedding.weight.device
     draws = torch.Generator(device).manual_seed(0)
@@ -79,6 +82,7 @@ def plain_forwards(model: Transfusion, images: int, rows: int, repeats: int) -> 
     @torch.no_grad()
     def run() -> None:
         for _ in range(repeats):
+            mark()
             patches, skip = model.patch_encoder(x_t, timesteps)  # (images, P, D)
             hidden = model.transformer(patches[of_row], position_ids)  # (rows, P, D)
             model.patch_decoder(hidden, tuple(part[of_row] for part in skip), timesteps[of_row])

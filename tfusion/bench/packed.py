@@ -6,6 +6,7 @@ Legend: B rows, T positions, K images a row, P patches an image.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tfusion.models.patches import num_patches
 from tfusion.sequence import NUM_SPECIAL_IDS, Batch, Document, Image, RowShape, collate
@@ -60,3 +61,29 @@ def packed_batch(
 
     shape = RowShape(seq_len, patches, images, latent_shape, None)
     return collate([row() for _ in range(rows)], shape, [("bench", n) for n in range(rows)])
+
+
+def text_batch(rows: int, seq_len: int, vocab: int = 256) -> Batch:
+    """The same rows for a model of text alone: one text each."""
+    draws = torch.Generator().manual_seed(0)
+    ids = (torch.randint(vocab, (rows, seq_len - 2), generator=draws) + NUM_SPECIAL_IDS).tolist()
+    shape = RowShape(seq_len, 0, 0, (0, 0, 0), None)
+    return collate([[Document((text,))] for text in ids], shape, [("bench", n) for n in range(rows)])
+
+
+def as_samples(batch: Batch) -> list[list[Tensor]]:
+    """Each row as transfusion-pytorch takes it: texts of ids 0 ... vocab - 1 without special ones, and latents
+    (C, h, w), in their order.
+    """
+    samples, image = [], 0
+    for ids, of_image in zip(batch.token_ids, batch.image_ids, strict=True):
+        row: list[Tensor] = []
+        values, counts = of_image.unique_consecutive(return_counts=True)
+        for value, part in zip(values.tolist(), ids.split(counts.tolist()), strict=True):
+            if value >= 0:
+                row.append(batch.latents[image])
+                image += 1
+            elif (part >= NUM_SPECIAL_IDS).any():
+                row.append(part[part >= NUM_SPECIAL_IDS] - NUM_SPECIAL_IDS)
+        samples.append(row)
+    return samples

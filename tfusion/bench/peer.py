@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from tfusion.bench.setting import DEVICE, Sizes
+from tfusion.models.patches import patchify
 
 PACKAGE = "transfusion-pytorch"
 
 
 class Peer:
-    """Its model, and what is timed of it.
+    """Its model, and what is timed of it. On CUDA it trains with its flex attention, which is the faster of its two.
 
     Attributes:
         positions: those its transformer ran at the last call, without what it read from a cache.
@@ -49,6 +50,7 @@ class Peer:
                 "depth": sizes.layers,
                 "heads": sizes.heads,
                 "dim_head": sizes.dim // sizes.heads,
+                "use_flex_attn": DEVICE.type == "cuda",
             },
         ).to(DEVICE)
         self.model.transformer.register_forward_pre_hook(self._count)
@@ -57,9 +59,9 @@ class Peer:
         self.calls[self.running] = self.calls.get(self.running, 0) + 1
         self.positions = args[0].shape[0] * args[0].shape[1]
 
-    def training_step(self, texts: list[torch.Tensor], images: torch.Tensor, lr: float) -> Callable[[], None]:
-        """Forward, backward, clip and optimizer step over samples of a text, then an image (S, S, patch_dim)."""
-        samples = [[text.to(DEVICE), image.to(DEVICE)] for text, image in zip(texts, images, strict=True)]
+    def training_step(self, samples: list[list[torch.Tensor]], lr: float) -> Callable[[], None]:
+        """Forward, backward, clip and optimizer step over samples of texts (n,) and images (C, h, w) in turn."""
+        samples = [[self._part(part) for part in sample] for sample in samples]
         # fused, as ours: its README says no more than "AdamW"
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
 
@@ -72,6 +74,13 @@ class Peer:
             optimizer.zero_grad(set_to_none=True)
 
         return step
+
+    def _part(self, part: torch.Tensor) -> torch.Tensor:
+        """A text as it is; of an image its patches (S, S, patch_dim)."""
+        if part.ndim > 1:
+            side, dim = self.sizes.image_side, self.sizes.patch_dim
+            part = patchify(part[None], self.sizes.patch_size)[0].view(side, side, dim)
+        return part.to(DEVICE)
 
     def samplers(self, prompts: list[torch.Tensor], nfe: int, guidance: float) -> dict[str, Callable[[], Any]]:
         """Its three ways to one image a prompt, each with `nfe` evaluations of the conditional network."""

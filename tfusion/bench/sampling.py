@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import sys
 from typing import Any
+from unittest.mock import patch
 
 from tfusion.bench.dit import Dit
 from tfusion.bench.evaluations import Evaluations, plain_forward_flops, plain_forwards
@@ -32,6 +33,8 @@ from tfusion.bench.peer import PACKAGE, Peer
 from tfusion.bench.setting import Sizes, in_turn, median, parameters_of, parser, prompts_of, ready_to_generate, sizes_of
 from tfusion.generation import bf16_copy
 from tfusion.requests import GenerationConfig
+from tfusion.samplers import Sampler
+from tfusion.training.transfusion import TransfusionModule
 
 
 def measure(
@@ -56,7 +59,7 @@ def measure(
     module = ready_to_generate(sizes, 1 + prompt_len + 2 + sizes.num_patches, config)
     texts, ids = prompts_of(sizes.batch, prompt_len)
     requests = [{"segments": [text], "generate": "image", "seed": n} for n, text in enumerate(texts)]
-    evaluations = Evaluations(module.model.patch_decoder)
+    evaluations = Evaluations()
     if compiled:
         module.compile_blocks = True
         module.hold_generation_model(text=False)
@@ -64,14 +67,16 @@ def measure(
     else:
         model = bf16_copy(module.model) if sizes.dtype == "bf16" else module.model
     rows = sizes.batch * (1 if guidance == 1 else 2)
+    forwards = plain_forwards(model, sizes.batch, rows, nfe, evaluations.mark)
 
     calls = {
-        "ours": evaluations.watch("ours", lambda: module.generate(requests)),
-        "forward": evaluations.watch("forward", plain_forwards(model, sizes.batch, rows, nfe)),
+        "ours": evaluations.watch("ours", lambda: _generate(module, requests, evaluations)),
+        "forward": evaluations.watch("forward", forwards),
     }
     if with_peer:
         peer, beside = Peer(sizes), Dit(sizes)
-        dit_evaluations = Evaluations(beside.model)
+        dit_evaluations = Evaluations()
+        beside.model.register_forward_pre_hook(dit_evaluations.mark)
         samplers = peer.samplers(ids, nfe, guidance)
         calls |= samplers | {"dit": dit_evaluations.watch("dit", beside.sampler(nfe, guidance))}
     times = in_turn(calls, sizes.rounds, sizes.warmup)
@@ -103,6 +108,13 @@ def measure(
     fastest = {"fastest_s_per_image": min(figures["fastest_s_per_image"] for figures in ways.values())}
     result |= _ratios(result, ways[best] | fastest, "peer") | _ratios(result, result["dit"], "dit")
     return result | {"evaluation_ratio_to_dit": result["dit"]["evaluation_s"] / evaluation_s}
+
+
+def _generate(module: TransfusionModule, requests: list[dict[str, Any]], evaluations: Evaluations) -> None:
+    """Noted at the sampler's steps: what is replayed as a CUDA graph runs no hooks."""
+    step = Sampler.step
+    with patch.object(Sampler, "step", lambda *args: evaluations.mark() or step(*args)):
+        module.generate(requests)
 
 
 def _figures(times: list[float], images: int) -> dict[str, float]:

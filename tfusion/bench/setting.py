@@ -104,17 +104,26 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     return sizes
 
 
-def our_module(sizes: Sizes, max_seq_len: int, **settings: Any) -> TransfusionModule:
-    """Rectified flow, as the peer's; without EMA, which the peer's loop has not."""
-    model = Transfusion(
-        vocab_size=sizes.vocab + NUM_SPECIAL_IDS,
-        latent_shape=sizes.latent_shape,
-        patch_size=sizes.patch_size,
-        dim=sizes.dim,
-        num_layers=sizes.layers,
-        num_heads=sizes.heads,
-        max_seq_len=max_seq_len,
-    )
+def our_module(
+    sizes: Sizes, max_seq_len: int, of_model: dict[str, Any] | None = None, **settings: Any
+) -> TransfusionModule:
+    """Rectified flow, as the peer's; without EMA, which the peer's loop has not.
+
+    Args:
+        sizes, max_seq_len: of the model.
+        of_model: its other arguments, or these in place of the sizes'.
+        settings: the module's.
+    """
+    arguments = {
+        "vocab_size": sizes.vocab + NUM_SPECIAL_IDS,
+        "latent_shape": sizes.latent_shape,
+        "patch_size": sizes.patch_size,
+        "dim": sizes.dim,
+        "num_layers": sizes.layers,
+        "num_heads": sizes.heads,
+        "max_seq_len": max_seq_len,
+    }
+    model = Transfusion(**(arguments | (of_model or {})))
     module = TransfusionModule(
         model, FlowMatchEulerDiscreteScheduler(), prediction_type="flow_prediction", ema=False, **settings
     )

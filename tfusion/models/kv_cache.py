@@ -69,28 +69,41 @@ class KVCache:
         for row, source_row in zip(rows, source_rows, strict=True):
             self.row_lengths[row] = source.row_lengths[source_row]
 
-    def view(self, image_ids: Tensor, write: bool) -> CacheView:
-        """What one forward of T new positions a row needs, (B, T) image ids (-1 off images)."""
-        return CacheView(self, image_ids, write)
+    def view(self, image_ids: Tensor, write: bool, columns: int | None = None) -> CacheView:
+        """What one forward of T new positions a row needs, (B, T) image ids (-1 off images).
+
+        Args:
+            image_ids: (B, T).
+            write: the new positions are the rows' own, see `CacheView`.
+            columns: read so many, and ask only the device how long rows are, so that the forward can be recorded and
+                replayed; None = those that are needed.
+        """
+        return CacheView(self, image_ids, write, columns)
+
+    def advance(self, num_new: list[int]) -> None:
+        """Count `num_new[b]` of the positions just written as row b's own; the rest was rubbish."""
+        self.lengths += torch.tensor(num_new, device=self.lengths.device)
+        self.row_lengths = [a + b for a, b in zip(self.row_lengths, num_new, strict=True)]
 
 
 class CacheView:
     """One forward's access to the cache: where the new positions stand and what they see.
 
-    With `write` the new keys are the rows' own (the caller then calls `advance`); without it they stand behind the
+    With `write` the new keys are the rows' own (the caller then advances the cache); without it they stand behind the
     longest row, and belong to none. `mask` is for all layers; None where everything is seen.
     """
 
-    def __init__(self, cache: KVCache, image_ids: Tensor, write: bool) -> None:
+    def __init__(self, cache: KVCache, image_ids: Tensor, write: bool, columns: int | None = None) -> None:
         self.cache, self.write = cache, write
         B, T = image_ids.shape
-        lengths = set(cache.row_lengths)
-        self.start = lengths.pop() if len(lengths) == 1 else None  # where all rows go on, if that is one place
+        lengths = set(cache.row_lengths) if columns is None else ()
+        self.start = cache.row_lengths[0] if len(lengths) == 1 else None  # where all rows go on, if that is one place
         self.index = cache.lengths[:, None] + torch.arange(T, device=image_ids.device)  # (B, T) index in its row
         self.longest = cache.longest  # once: within compiled blocks it would be compiled for each number of rows
-        self.seen = self.longest + T  # columns of the cache that are read
-        if self.seen > cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} positions a row, {self.seen} are needed")
+        self.seen = columns or self.longest + T  # columns of the cache that are read
+        needed = max(self.seen, self.longest + T)
+        if needed > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} positions a row, {needed} are needed")
         if write:
             self.store(cache.image_ids, image_ids)
         one_token = write and T == 1 and self.start is not None  # a row's last position sees the whole row
@@ -136,12 +149,6 @@ class CacheView:
     def layer(self, number: int) -> LayerCache:
         """The part of one layer."""
         return LayerCache(self, self.cache.keys[number], self.cache.values[number])
-
-    def advance(self, num_new: list[int]) -> None:
-        """Count `num_new[b]` of the written positions of row b as its own; the rest was rubbish."""
-        cache = self.cache
-        cache.lengths += torch.tensor(num_new, device=cache.lengths.device)
-        cache.row_lengths = [a + b for a, b in zip(cache.row_lengths, num_new, strict=True)]
 
 
 class LayerCache(NamedTuple):

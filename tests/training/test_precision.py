@@ -1,0 +1,39 @@
+"""bf16-mixed on a CPU that has no instructions for it: fp32 in its place, said, and nothing else changes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.test_cli import CONFIG
+from tfusion import __main__ as cli
+from tfusion.training import trainer_settings
+
+
+class Built(cli.TfusionCLI):
+    """The command line up to where it would train."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_run_takes_what_its_cpu_has(tmp_path: Path, monkeypatch, caplog, has_bf16: bool) -> None:
+    monkeypatch.setattr(trainer_settings, "has_bf16", lambda device_type: device_type != "cpu" or has_bf16)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    args = ["fit", "--config", str(tmp_path / "tiny.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")]
+    with caplog.at_level(logging.WARNING, logger="tfusion"):
+        built = cli.run(Built, [*args, "--trainer.precision", "bf16-mixed"])
+    assert built.trainer.precision == ("bf16-mixed" if has_bf16 else "32-true")
+    assert ("40 times as long" in caplog.text) is not has_bf16
+    assert built.config.fit.trainer.precision == "bf16-mixed", "elsewhere the run goes on in what was asked for"
+
+
+def test_on_a_gpu_it_is_what_was_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(trainer_settings, "has_bf16", lambda device_type: device_type != "cpu")
+    assert trainer_settings.precision_on("cuda", "bf16-mixed") == "bf16-mixed"
+    assert trainer_settings.precision_on("cpu", "32-true") == "32-true"
+    assert trainer_settings.precision_on("cpu", "bf16-mixed") == "32-true"
