@@ -80,7 +80,7 @@ class MultimodalModel(nn.Module):
             elif "norm" in name:
                 full = torch.full(parameter.shape, self.initial_gain(name))
             else:
-                full = torch.randn(parameter.shape, generator=generator("weights", seed, name))
+                full = torch.randn(parameter.shape, generator=generator("weights", seed, name), device="cpu")
                 full *= self.initial_std(name, parameter.shape)
             if isinstance(parameter, DTensor):  # every rank drew the same tensor and keeps its shard
                 full = full.to(parameter.device)
