@@ -92,7 +92,9 @@ def test_flex_attention_is_sdpa_forward_and_backward():
 
 @pytest.mark.parametrize("kind", ["transfusion", "chameleon"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_replayed_generation_is_plain_generation(tiny_module, tiny_chameleon, monkeypatch, byte_tokenizer, kind, compiled):
+def test_replayed_generation_is_plain_generation(
+    tiny_module, tiny_chameleon, monkeypatch, byte_tokenizer, kind, compiled
+):
     """Pictures and texts of graphs, blocks compiled or not, against those launched one by one."""
     settings = GenerationConfig(num_inference_steps=4, guidance_scale=2.0, max_new_tokens=20, temperature=0.7)
     module = (tiny_module if kind == "transfusion" else tiny_chameleon)(dim=64, generation=settings)

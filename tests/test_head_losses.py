@@ -45,7 +45,14 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     return request.param
 
 
-def test_they_are_the_whole_losses(rows: int) -> None:
+@pytest.fixture(params=[False, True], ids=["as_on_cpu", "aligned"])
+def aligned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of logits as wide as there are ids, or up to a multiple of 64, as on CUDA."""
+    if request.param:
+        monkeypatch.setattr(losses, "_aligned", lambda weight: F.pad(weight, (0, 0, 0, -len(weight) % losses.ALIGNED)))
+
+
+def test_they_are_the_whole_losses(rows: int, aligned: None) -> None:
     for ours, theirs in zip(gradients(head_losses, *inputs()), gradients(whole, *inputs()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -56,7 +63,7 @@ def test_in_fp32_they_are_what_they_were_unchunked(rows: int) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=3e-6)
 
 
-def test_under_autocast_products_are_bf16_and_losses_and_gradients_fp32(rows: int) -> None:
+def test_under_autocast_products_are_bf16_and_losses_and_gradients_fp32(rows: int, aligned: None) -> None:
     """Values are exact for the logits that autocast gives; gradients as near as those of the whole loss."""
     hidden, weight, labels, front = inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tests.reference.attention import loop_attention, loop_mask
 from tfusion.models.attention import attend, backend_for, training_mask
@@ -194,9 +194,48 @@ def test_a_block_mask_is_given_to_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     for kv_heads in (4, 2):
         attend(*make_qkv(1, 4, kv_heads, 130, 16), mask)
     assert calls == [
-        {"block_mask": mask, "enable_gqa": False},
-        {"block_mask": mask, "enable_gqa": True},
+        {"block_mask": mask, "enable_gqa": False, "kernel_options": {"ROWS_GUARANTEED_SAFE": True}},
+        {"block_mask": mask, "enable_gqa": True, "kernel_options": {"ROWS_GUARANTEED_SAFE": True}},
     ]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "small"), [(64, "bfloat16", True), (64, "float32", False), (128, "bfloat16", False)]
+)
+def test_tiles_of_flex_by_head_and_type(monkeypatch: pytest.MonkeyPatch, width: int, dtype: str, small: bool) -> None:
+    seen: list[dict] = []
+    monkeypatch.setattr(
+        "tfusion.models.attention._compiled_flex",
+        lambda: lambda query, key, value, **kwargs: seen.append(kwargs["kernel_options"]) or query,
+    )
+    mask = training_mask(*random_layout(1, 130, 0), "flex")
+    attend(*(torch.zeros(1, 2, 130, width, dtype=getattr(torch, dtype)) for _ in range(3)), mask)
+    assert ("fwd_BLOCK_M" in seen[0]) is small
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("length", [96, 256, 700])
+def test_a_block_mask_is_what_torch_makes_of_the_rule(length: int, seed: int) -> None:
+    """Block by block, for queries and keys: which are left out, which are masked inside, which are seen whole."""
+    mask = training_mask(*random_layout(2, length, seed), "flex")
+    theirs = create_block_mask(mask.mask_mod, 2, None, length, length, device="cpu")
+    assert (mask.shape, mask.seq_lengths, mask.BLOCK_SIZE) == (theirs.shape, theirs.seq_lengths, theirs.BLOCK_SIZE)
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, indices, of_theirs = (
+            getattr(mask, f"{name}_num_blocks"),
+            getattr(mask, f"{name}_indices"),
+            getattr(theirs, f"{name}_indices"),
+        )
+        assert torch.equal(counts, getattr(theirs, f"{name}_num_blocks"))
+        used = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(indices.where(used, -1), of_theirs.where(used, -1))
+
+
+def test_every_position_sees_itself() -> None:
+    """What flex attention is told of its rows."""
+    for seed in range(20):
+        mask = training_mask(*random_layout(3, 80, seed), "sdpa")
+        assert (mask[:, 0].diagonal(dim1=1, dim2=2) == 0).all()
 
 
 def test_backend_by_device_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -122,3 +122,15 @@ def changed_outputs(model: Transfusion, batch: Batch, x_t: Tensor, timesteps: Te
     new = model(dataclasses.replace(batch, token_ids=ids), x_t, timesteps)[1]
     old = model(batch, x_t, timesteps)[1]
     return {slot for slot in range(len(x_t)) if (new != old)[slot].any()}
+
+
+@pytest.mark.parametrize("kind", ["transfusion", "chameleon"])
+def test_weights_do_not_depend_on_the_default_device(tiny_module, tiny_chameleon, kind: str) -> None:
+    """Lightning allocates with the GPU as torch's default device; here meta stands for one."""
+    make = tiny_module if kind == "transfusion" else tiny_chameleon
+    expected = make().model.materialize("cpu", 0)
+    model = make().model.to_empty(device="cpu")
+    with torch.device("meta"):
+        model.init_weights(0)
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name

@@ -15,11 +15,17 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 logger = logging.getLogger(__name__)
 Backend = Literal["flex", "sdpa"]
 Mask = Tensor | BlockMask | None  # bool: seen; float: added to scores; None: everything is seen
+# Of flex attention's kernels: every position sees itself, so no row of scores is empty; and for heads of 64 in bf16 the
+# tiles that torch 2.11 takes forward on Hopper leave 4 kB a thread to slow memory: 9.4 ms where these take 0.29
+# (`bench/results/speed_h200_202611.md`).
+SAFE = {"ROWS_GUARANTEED_SAFE": True}
+SMALL_TILES = SAFE | {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4}
+BLOCK = 128  # positions, of queries and of keys, that flex attention leaves out together: its own default
 EXPLICIT_UP_TO = 512  # positions a row, from where on SDPA is as fast in training and takes less memory
 
 
@@ -61,12 +67,7 @@ def training_mask(document_ids: Tensor, image_ids: Tensor, hidden: Tensor, backe
     """
     B, T = document_ids.shape
     if (backend or backend_for(document_ids.device.type)) == "flex":
-
-        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            documents, images = (document_ids[b, q], document_ids[b, k]), (image_ids[b, q], image_ids[b, k])
-            return visible(q, k, *documents, *images, hidden[b, k])
-
-        return create_block_mask(mask_mod, B, None, T, T, device=str(document_ids.device))
+        return block_mask(*spans(document_ids, image_ids), hidden)
     index = torch.arange(T, device=document_ids.device)
     seen = visible(
         index[:, None],
@@ -82,6 +83,56 @@ def training_mask(document_ids: Tensor, image_ids: Tensor, hidden: Tensor, backe
     return as_bias(seen, dtype)[:, None]  # (B, 1, T, T)
 
 
+def spans(document_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a position sees of a packed row, as keys from `start` to `end`, of which those before `own` only if they are
+    not hidden: documents and images lie in one piece each, so what `visible` says of pairs is an interval.
+
+    Args:
+        document_ids, image_ids: (B, T) as in `Batch`.
+
+    Returns:
+        (B, T) each: where the document begins; the last position of the own image, of text itself; where the own image
+        begins, of text T.
+    """
+    T = document_ids.shape[1]
+    index = torch.arange(T, device=document_ids.device)
+
+    def first(ids: Tensor) -> Tensor:
+        """Where the run of equal ids around each position begins."""
+        begins = torch.ones_like(ids, dtype=torch.bool)
+        begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        return (begins * index).cummax(1).values
+
+    in_image = image_ids >= 0
+    last = T - 1 - first(image_ids.flip(1)).flip(1)
+    start, end = first(document_ids), torch.where(in_image, last, index)
+    own = torch.where(in_image, first(image_ids), T)
+    return start.int(), end.int(), own.int()
+
+
+def block_mask(start: Tensor, end: Tensor, own: Tensor, hidden: Tensor) -> BlockMask:
+    """`visible` of packed rows for flex attention, given their `spans` and hidden keys, (B, T) each.
+
+    As torch's `create_block_mask` with this `mask_mod`, whose vmap takes 7 times as long as these few operations.
+    """
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (start[b, q] <= k) & (k <= end[b, q]) & ((own[b, q] <= k) | ~hidden[b, k])
+
+    B, T = hidden.shape
+    blocks = -(-T // BLOCK)
+    padded = [F.pad(x, (0, blocks * BLOCK - T), value=value) for x, value in ((start, T), (end, -1), (own, T))]
+    key = torch.arange(blocks * BLOCK, device=hidden.device)
+    first, last, image = (x[:, :, None] for x in padded)  # (B, T, 1)
+    shown = ~F.pad(hidden, (0, blocks * BLOCK - T), value=True)[:, None]  # (B, 1, T)
+    seen = (first <= key) & (key <= last) & ((image <= key) | shown)
+    seen = seen.view(B, blocks, BLOCK, blocks, BLOCK).transpose(2, 3).flatten(3).sum(-1, dtype=torch.int32)
+    some, all_ = ((part[:, None].int()) for part in ((seen > 0) & (seen < BLOCK**2), seen == BLOCK**2))  # (B, 1, n, n)
+    counts = [each.sum(-1, dtype=torch.int32) for each in (some, all_)]
+    order = [each.argsort(dim=-1, descending=True, stable=True).int() for each in (some, all_)]  # those first
+    return BlockMask.from_kv_blocks(counts[0], order[0], counts[1], order[1], BLOCK, mask_mod, (T, T))
+
+
 def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores: 0 where a key is seen, else -inf."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
@@ -92,11 +143,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     # a plain bool: compiled for every length a comparison is a symbol, which SDPA does not take
     grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
     if isinstance(mask, BlockMask):
+        options = SMALL_TILES if query.shape[-1] <= 64 and query.dtype.itemsize == 2 else SAFE
         if not torch.compiler.is_compiling():
-            return _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=grouped)
+            return _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=grouped, kernel_options=options)
         # As whole tensors: inductor's CPU kernel (torch 2.14) reads the halves of a rotated split wrong
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        return flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped, kernel_options=options)
     if mask is not None:
         mask = as_bias(mask, query.dtype) if mask.dtype == torch.bool else mask.to(query.dtype)
     T = query.shape[2]

@@ -119,7 +119,9 @@ class Autoencoder(nn.Module):
                 elif parameter.ndim < 2:  # of a norm
                     parameter.fill_(1.0)
                 else:
-                    draws = torch.rand(parameter.shape, generator=generator("weights", seed, name), device="cpu") * 2 - 1
+                    draws = (
+                        torch.rand(parameter.shape, generator=generator("weights", seed, name), device="cpu") * 2 - 1
+                    )
                     parameter.copy_(draws * parameter[0].numel() ** -0.5)  # torch's own: U(+-1 / sqrt(fan in))
         return self
 

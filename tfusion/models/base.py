@@ -5,6 +5,7 @@ Parameters are made on the meta device and filled once, by `materialize`; each i
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, Self
 
 import torch
@@ -15,6 +16,8 @@ from tfusion.models.kv_cache import KVCache
 from tfusion.models.transformer import Transformer
 from tfusion.randomness import generator
 from tfusion.sequence import Batch
+
+DRAWN_AT_ONCE = 8  # parameters: of 7B, at most 3 GB beside the model
 
 
 class MultimodalModel(nn.Module):
@@ -74,18 +77,25 @@ class MultimodalModel(nn.Module):
 
         Norms' weights are `initial_gain`, biases 0, matrices N(0, `initial_std`).
         """
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                full = torch.zeros(parameter.shape)
-            elif "norm" in name:
-                full = torch.full(parameter.shape, self.initial_gain(name))
-            else:
-                full = torch.randn(parameter.shape, generator=generator("weights", seed, name), device="cpu")
-                full *= self.initial_std(name, parameter.shape)
-            if isinstance(parameter, DTensor):  # every rank drew the same tensor and keeps its shard
-                full = full.to(parameter.device)
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(full)
+        parameters = list(self.named_parameters())
+        with ThreadPoolExecutor(DRAWN_AT_ONCE) as pool:  # torch draws a tensor on one thread, at 0.5 GB a second
+            for at in range(0, len(parameters), DRAWN_AT_ONCE):
+                some = parameters[at : at + DRAWN_AT_ONCE]
+                drawn = pool.map(lambda named: self._initial(named[0], named[1].shape, seed), some)
+                for (_, parameter), full in zip(some, drawn, strict=True):
+                    if isinstance(parameter, DTensor):  # every rank drew the same tensor and keeps its shard
+                        full = full.to(parameter.device)
+                        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                    parameter.copy_(full)
+
+    def _initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """Of one parameter, on the CPU, whatever the default device: Lightning makes the GPU so."""
+        if name.endswith("bias"):
+            return torch.zeros(shape, device="cpu")
+        if "norm" in name:
+            return torch.full(shape, self.initial_gain(name), device="cpu")
+        full = torch.randn(shape, generator=generator("weights", seed, name), device="cpu")
+        return full.mul_(self.initial_std(name, shape))
 
 
 def image_positions(batch: Batch, num_patches: int, shift: int = 0) -> Tensor:

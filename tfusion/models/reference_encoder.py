@@ -124,4 +124,6 @@ class ReferenceEncoder(nn.Module):
             else:
                 fan_in = parameter[0].numel() if name.startswith("image") else None
                 std = (1 / fan_in) ** 0.5 if fan_in else 0.02
-                parameter.copy_(torch.randn(parameter.shape, generator=generator("weights", seed, name), device="cpu") * std)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator("weights", seed, name), device="cpu") * std
+                )
