@@ -49,7 +49,8 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 def aligned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of logits as wide as there are ids, or up to a multiple of 64, as on CUDA."""
     if request.param:
-        monkeypatch.setattr(losses, "_aligned", lambda weight: F.pad(weight, (0, 0, 0, -len(weight) % losses.ALIGNED)))
+        pad = lambda weight, dtype: F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % losses.ALIGNED))  # noqa: E731
+        monkeypatch.setattr(losses, "_aligned", pad)
 
 
 def test_they_are_the_whole_losses(rows: int, aligned: None) -> None:

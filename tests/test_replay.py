@@ -59,3 +59,8 @@ def test_elsewhere_than_on_cuda_it_is_the_call() -> None:
     replayed = replay.Replayed(partial(lambda seen, x: seen.append(x) or x + 1, calls))
     x = torch.zeros(2)
     assert replayed(x).tolist() == [1, 1] and calls[0] is x and replayed.graph is None
+
+
+def test_columns_are_for_writing(model) -> None:
+    with pytest.raises(ValueError, match="got columns without write"):
+        filled(model).view(torch.full((3, 1), -1), write=False, columns=9)

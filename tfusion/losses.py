@@ -56,12 +56,12 @@ def head_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor,
         nll (N,) and log^2 Z (N,), in fp32 at least.
     """
     rows = max(1, CHUNK_BYTES // (4 * len(weight)))
-    if len(hidden) <= rows:
-        logits = F.linear(hidden, _aligned(weight))[:, : len(weight)]
-        nll = token_nll(logits, labels)
-        return nll, squared_log_z(logits, labels, nll)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if len(hidden) <= rows:
+        logits = F.linear(hidden, _aligned(weight, dtype))[:, : len(weight)]
+        nll = token_nll(logits, labels)
+        return nll, squared_log_z(logits, labels, nll)
     nll, log_z = _InChunks.apply(hidden.to(dtype), weight, labels.clamp(min=0), rows)
     labelled = labels != IGNORE_INDEX  # (the others' gradients end here)
     return torch.where(labelled, nll, 0), torch.where(labelled, log_z, 0).square()
@@ -77,7 +77,7 @@ class _InChunks(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, labels)
         ctx.rows = rows
-        V, weight = len(weight), _aligned(weight.to(hidden.dtype))  # (V', D)
+        V, weight = len(weight), _aligned(weight, hidden.dtype)  # (V', D)
         log_z, own = [], []
         for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
             logits = wide(F.linear(h, weight)[:, :V])  # (rows, V)
@@ -91,24 +91,24 @@ class _InChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, nll_grad: Tensor, log_z_grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, head, labels = ctx.saved_tensors
-        V, weight = len(head), _aligned(head.to(hidden.dtype))  # (V', D)
+        V, weight = len(head), _aligned(head, hidden.dtype)  # (V', D)
         hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head)
-        aligned = hidden.new_zeros(min(ctx.rows, len(hidden)), len(weight))
         parts = (hidden, labels, nll_grad, log_z_grad, hidden_grad)
         for h, label, of_nll, of_log_z, into in zip(*(part.split(ctx.rows) for part in parts), strict=True):
             grad = F.linear(h, weight)[:, :V].softmax(-1, dtype=nll_grad.dtype)  # (rows, V)
             grad.mul_((of_nll + of_log_z)[:, None]).scatter_add_(1, label[:, None], -of_nll[:, None])
-            of_logits = aligned[: len(h)]  # (rows, V'), zeros from V on
-            of_logits[:, :V] = grad
+            grad = grad.to(hidden.dtype)
+            grad = F.pad(grad, (0, len(weight) - V)) if len(weight) > V else grad  # (rows, V'); padding by 0 copies
+            torch.mm(grad, weight, out=into)
+            head_grad += (grad.T @ h)[:V]  # summed in the weights' own type, fp32 under autocast
             del grad  # or it would be there beside the next chunk's
-            torch.mm(of_logits, weight, out=into)
-            head_grad += (of_logits.T @ h)[:V]  # summed in the weights' own type, fp32 under autocast
         return hidden_grad, head_grad, None, None
 
 
-def _aligned(weight: Tensor) -> Tensor:
-    """(V, D) -> (V', D) with zeros behind, where the device wants rows of logits aligned; else as it is."""
+def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, D) in the type of the product, where the device wants rows of logits aligned (V', D), with zeros behind."""
     rest = -len(weight) % ALIGNED if weight.is_cuda else 0
+    weight = weight.to(dtype)
     return F.pad(weight, (0, 0, 0, rest)) if rest else weight
 
 

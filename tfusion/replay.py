@@ -9,7 +9,7 @@ Legend: R rows, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -21,24 +21,28 @@ from tfusion.sequence import PAD_ID
 
 # A graph reads as many columns of the cache as it was recorded with: more than there are, up to a multiple of this.
 COLUMNS = 256
+# A recording takes as long as a few calls, so what is called no more often is not recorded.
+PLAIN_CALLS = 2
 
 
 class Replayed:
-    """A function of tensors whose shapes do not change; recorded at its first call.
+    """A function of tensors whose shapes do not change; recorded at its third call.
 
     Args:
         call: waits for no number of the device, and may be called once more than it was asked for.
     """
 
     def __init__(self, call: Callable[..., Tensor]) -> None:
-        self.call = call
+        self.call, self.calls = call, 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if not inputs[0].is_cuda:
+        self.calls += 1
+        if not inputs[0].is_cuda or self.calls <= PLAIN_CALLS:
             return self.call(*inputs)
         if self.graph is None:
-            self._record(inputs)
+            with torch.cuda.device(inputs[0].device):
+                self._record(inputs)
         for held, new in zip(self.inputs, inputs, strict=True):
             held.copy_(new)
         self.graph.replay()
@@ -46,15 +50,21 @@ class Replayed:
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = [value.clone() for value in inputs]
-        stream = torch.cuda.Stream()
+        stream = _stream(inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is compiled or allocated at a first call, before anything is recorded
             self.call(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # other threads (of loaders, of NCCL) may go on with what no recording allows
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.output = self.call(*self.inputs)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One of each device for all recordings: a stream's workspaces are never given back."""
+    return torch.cuda.Stream(device)
 
 
 class TokenSteps:

@@ -6,10 +6,12 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.test_cli import CONFIG
 from tfusion import __main__ as cli
+from tfusion.loading import load
 from tfusion.training import trainer_settings
 
 
@@ -20,16 +22,29 @@ class Built(cli.TfusionCLI):
         """Nothing."""
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is the CUDA device here")
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_a_run_takes_what_its_cpu_has(tmp_path: Path, monkeypatch, caplog, has_bf16: bool) -> None:
+def test_a_run_takes_what_its_cpu_has(tmp_path: Path, monkeypatch, caplog, has_bf16: bool, accelerator: str) -> None:
     monkeypatch.setattr(trainer_settings, "has_bf16", lambda device_type: device_type != "cpu" or has_bf16)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     args = ["fit", "--config", str(tmp_path / "tiny.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")]
     with caplog.at_level(logging.WARNING, logger="tfusion"):
-        built = cli.run(Built, [*args, "--trainer.precision", "bf16-mixed"])
+        built = cli.run(Built, [*args, "--trainer.precision", "bf16-mixed", "--trainer.accelerator", accelerator])
     assert built.trainer.precision == ("bf16-mixed" if has_bf16 else "32-true")
-    assert ("40 times as long" in caplog.text) is not has_bf16
+    assert ("45 times as long in bf16-mixed" in caplog.text) is not has_bf16
     assert built.config.fit.trainer.precision == "bf16-mixed", "elsewhere the run goes on in what was asked for"
+
+
+def test_what_is_loaded_generates_in_what_the_device_has(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer_settings, "has_bf16", lambda device_type: device_type != "cpu")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    args = ["fit", "--config", str(tmp_path / "tiny.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")]
+    cli.run(cli.TfusionCLI, [*args, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "3"])
+    module = load(tmp_path / "run", device="cpu")
+    assert module.precision == "32-true"
+    monkeypatch.setattr(trainer_settings, "has_bf16", lambda device_type: True)
+    assert load(tmp_path / "run", device="cpu").precision == "bf16-mixed"
 
 
 def test_on_a_gpu_it_is_what_was_asked_for(monkeypatch) -> None:

@@ -123,7 +123,7 @@ class StepTimes(L.Callback):
 
 
 class StepBytes:
-    """The most that CUDA allocated at once in a step above what there was at its start; `most` of the last ones."""
+    """The most that CUDA allocated at once in a step above what there was at its start."""
 
     def __init__(self) -> None:
         self.found: list[int] = []
@@ -183,6 +183,8 @@ def measure(
     with named_kernels() if trace is not None else nullcontext():
         trainer.fit(module, DataLoader([batch.to(DEVICE)] * steps, batch_size=None))
 
+    if not module.step_sums.isfinite().all():
+        raise RuntimeError("the losses of the last step are not finite: what was timed is no training")
     times = ours.times[sizes.warmup : timed]
     step_s, fastest = median(times), min(times)
     counted = (B, T, int(batch.step_counts[0]), len(batch.image_valid))

@@ -20,11 +20,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 logger = logging.getLogger(__name__)
 Backend = Literal["flex", "sdpa"]
 Mask = Tensor | BlockMask | None  # bool: seen; float: added to scores; None: everything is seen
-# Of flex attention's kernels: every position sees itself, so no row of scores is empty; and for heads of 64 in bf16 the
-# tiles that torch 2.11 takes forward on Hopper leave 4 kB a thread to slow memory: 9.4 ms where these take 0.29
-# (`bench/results/speed_h200_202611.md`).
-SAFE = {"ROWS_GUARANTEED_SAFE": True}
-SMALL_TILES = SAFE | {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4}
+# For heads of 64 in half precision the tiles that torch 2.11 takes forward on Hopper leave 4 kB a thread to slow memory
+# and take 9.4 ms where these take 0.3 (`bench/results/speed_h200_202611.md`; of other cards nothing was measured). Not
+# ROWS_GUARANTEED_SAFE: every position sees itself, but not always a key of the first tile, without which it is NaN.
+TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8}
 BLOCK = 128  # positions, of queries and of keys, that flex attention leaves out together: its own default
 EXPLICIT_UP_TO = 512  # positions a row, from where on SDPA is as fast in training and takes less memory
 
@@ -143,7 +142,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     # a plain bool: compiled for every length a comparison is a symbol, which SDPA does not take
     grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
     if isinstance(mask, BlockMask):
-        options = SMALL_TILES if query.shape[-1] <= 64 and query.dtype.itemsize == 2 else SAFE
+        # (below a block of queries it may be another kernel, of other tiles)
+        chosen = query.shape[-1] == 64 and query.dtype.itemsize == 2 and query.shape[2] >= BLOCK
+        options = TILES if chosen else None
         if not torch.compiler.is_compiling():
             return _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=grouped, kernel_options=options)
         # As whole tensors: inductor's CPU kernel (torch 2.14) reads the halves of a rotated split wrong

@@ -17,7 +17,7 @@ from tfusion.models.transformer import Transformer
 from tfusion.randomness import generator
 from tfusion.sequence import Batch
 
-DRAWN_AT_ONCE = 8  # parameters: of 7B, at most 3 GB beside the model
+DRAWN_AT_ONCE = 8  # parameters, by each process: of 7B, at most 3 GB beside the model
 
 
 class MultimodalModel(nn.Module):

@@ -75,8 +75,8 @@ class KVCache:
         Args:
             image_ids: (B, T).
             write: the new positions are the rows' own, see `CacheView`.
-            columns: read so many, and ask only the device how long rows are, so that the forward can be recorded and
-                replayed; None = those that are needed.
+            columns: with `write`: read so many, and ask only the device how long rows are, so that the forward can be
+                recorded and replayed; None = those that are needed.
         """
         return CacheView(self, image_ids, write, columns)
 
@@ -96,6 +96,8 @@ class CacheView:
     def __init__(self, cache: KVCache, image_ids: Tensor, write: bool, columns: int | None = None) -> None:
         self.cache, self.write = cache, write
         B, T = image_ids.shape
+        if columns is not None and not write:
+            raise ValueError("got columns without write: what belongs to no row stands where the host says")
         lengths = set(cache.row_lengths) if columns is None else ()
         self.start = cache.row_lengths[0] if len(lengths) == 1 else None  # where all rows go on, if that is one place
         self.index = cache.lengths[:, None] + torch.arange(T, device=image_ids.device)  # (B, T) index in its row
