@@ -19,6 +19,7 @@ COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("   
 SHORT = (
     "--trainer.max_steps 4 --trainer.val_check_interval 4 --data.max_val_images 20 "
     "--model.init_args.generation.num_inference_steps 2 --model.init_args.generation.max_new_tokens 2 "
+    "--model.init_args.compile_blocks false "
     "--samples.num_images 2 --samples.num_captions 1"
 )
 

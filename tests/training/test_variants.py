@@ -176,4 +176,6 @@ def test_two_processes_are_one(root: Path, tmp_path: Path, name: str, strategy: 
         assert ours.keys() == theirs.keys()
         assert ours["train/flops"] == theirs["train/flops"]
         for key, value in ours.items():
-            assert theirs[key] == pytest.approx(value, rel=1e-4 if key == "train/grad_norm" else 1e-5), key
+            # (fp32 convolutions of half as many images: 1.04e-5 on a CPU with AVX2)
+            rel = 1e-4 if key == "train/grad_norm" else 3e-5
+            assert theirs[key] == pytest.approx(value, rel=rel), key
