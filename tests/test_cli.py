@@ -380,6 +380,10 @@ def test_a_terminated_run_says_so_and_can_go_on(tmp_path: Path) -> None:
     process.terminate()
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
+    said = (tmp_path / "output").read_text()
+    assert re.search(
+        r"stopped at step \d+; the last checkpoint is step=\d{7}.ckpt. Go on: tfusion fit --config ", said
+    ), said
     step = torch.load(last, weights_only=True)["global_step"]
     more = ("--ckpt_path", "last", "--trainer.max_steps", str(step + 1))
     code, output = tfusion(tmp_path, "fit", "--config", config, *more)

@@ -138,6 +138,11 @@ class TfusionCLI(LightningCLI):
         callbacks += [BadRecordReport(), TrainingMetrics(), RankedChoice(), ReconstructionQuality()]
         if config.accelerator == "auto" and not torch.cuda.is_available():
             kwargs["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sums of losses need
+        if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"got trainer.accelerator {config.accelerator!r}, but torch finds no CUDA device; on a CPU add "
+                "--config configs/trainer/cpu.yaml"
+            )
         if "cpu" in (config.accelerator, kwargs.get("accelerator")):
             kwargs["precision"] = precision_on("cpu", config.precision)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

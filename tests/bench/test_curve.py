@@ -13,8 +13,11 @@ import pytest
 import yaml
 from PIL import Image as PILImage
 
+from tests.conftest import ROOT
+from tfusion.__main__ import run
 from tfusion.bench import curve, curve_reference
 from tfusion.bench.curve_band import Curve, compare
+from tfusion.bench.memory import ConfigReader
 
 STEPS = np.arange(20, 2601, 20)
 # Two-sided 99 % points of Student's t, from a printed table, by degrees of freedom.
@@ -286,6 +289,16 @@ def test_missing_files_and_wrong_ones(shipped, tmp_path, capsys) -> None:
     assert only.steps.tolist() == [20], "the torn row is left out"
     shutil.rmtree(shipped)
     assert "no reference curves are shipped" in refused("--run", str(tmp_path / "seed0"))
+
+
+@pytest.mark.parametrize("name", curve_reference.names())
+def test_a_shipped_reference_knows_a_run_of_its_config_as_it_is_now(name: str, tmp_path: Path) -> None:
+    """A setting that later versions add, with a default that changes nothing, belongs into the shipped file."""
+    args = ["fit", "--config", str(ROOT / "configs" / f"{name}.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    read = run(ConfigReader, args)
+    settings = read._parser("fit").dump(read.config["fit"], skip_none=False)
+    (tmp_path / "config.yaml").write_text(settings, encoding="utf-8")
+    assert curve_reference.recognise(tmp_path).name == name
 
 
 @pytest.mark.parametrize("name", curve_reference.names())

@@ -36,6 +36,15 @@ def test_a_run_takes_what_its_cpu_has(tmp_path: Path, monkeypatch, caplog, has_b
     assert built.config.fit.trainer.precision == "bf16-mixed", "elsewhere the run goes on in what was asked for"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there_is_refused_in_words(tmp_path: Path, capsys) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    args = ["fit", "--config", str(tmp_path / "tiny.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        cli.run(Built, [*args, "--trainer.accelerator", "gpu"])
+    assert "torch finds no CUDA device; on a CPU add --config configs/trainer/cpu.yaml" in capsys.readouterr().err
+
+
 def test_what_is_loaded_generates_in_what_the_device_has(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(trainer_settings, "has_bf16", lambda device_type: device_type != "cpu")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))

@@ -9,6 +9,7 @@ between would skip it). The base is ModelCheckpoint because Lightning calls its 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from pathlib import Path
@@ -18,6 +19,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -134,6 +138,23 @@ class Checkpoint(_RunFolderCheckpoint):
         if stage == "fit" and trainer.is_global_zero:
             for path in Path(self.dirpath).glob(".*.tmp"):  # of a killed process: the run folder is locked
                 path.unlink()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to go on with a run that was stopped by the user or the cluster."""
+        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if not stopped or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        last = root / "checkpoints" / "last.ckpt"
+        if not last.exists():
+            log.info("stopped at step %d, before the first checkpoint", trainer.global_step)
+            return
+        log.info(
+            "stopped at step %d; the last checkpoint is %s. Go on: tfusion fit --config %s --ckpt_path last",
+            trainer.global_step,
+            last.resolve().name,
+            root / "config.yaml",
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A state that has just been loaded is not saved again (Lightning keeps this in no checkpoint).

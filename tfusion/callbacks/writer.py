@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from tfusion.callbacks.sheets import attribution_of, draw_sheet
 from tfusion.requests import Generation
 from tfusion.training.encoding import CorpusEncoder
 
+log = logging.getLogger(__name__)
 OURS = re.compile(r"\d{6,}-\d+-\d+\.png|predictions(\.rank\d+)?\.jsonl|grid\.png")
 SAMPLES_IN_GRID = 64
 
@@ -81,6 +83,7 @@ class PredictionWriter(BasePredictionWriter):
         for part in parts:
             part.unlink()
         self._draw(trainer, merged)
+        log.info("predictions: %s, the first of them drawn in %s", merged, merged.with_name("grid.png"))
 
     def _draw(self, trainer: pl.Trainer, merged: Path) -> None:
         requests = trainer.datamodule.requests  # type: ignore[attr-defined]
