@@ -1,4 +1,4 @@
-"""The lines of `bench/scaling.py` as a markdown table and as curves, measured and expected."""
+"""The lines of `bench/scaling.py` and `bench/sizes.py` as a markdown table; of scaling also curves."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LABELS = {
 }
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """One row a point."""
-    rows = [" | ".join(heading for heading, _ in COLUMNS.values()), "|".join("---" for _ in COLUMNS)]
+def table(lines: list[dict[str, Any]], columns: dict[str, tuple[str, str]] = COLUMNS) -> str:
+    """One row a line; a cell is empty where the line has no such figure."""
+    rows = [" | ".join(heading for heading, _ in columns.values()), "|".join("---" for _ in columns)]
     for line in lines:
         values = {name: value * 1e6 if "_per_position" in name else value for name, value in line.items()}
-        rows.append(" | ".join(form.format(values[name]) for name, (_, form) in COLUMNS.items()))
+        rows.append(" | ".join(form.format(values[n]) if n in values else "" for n, (_, form) in columns.items()))
     return "".join(f"| {row} |\n" for row in rows)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from tfusion.bench.scaling_report import table
 from tfusion.bench.setting import DEVICE, Sizes
 from tfusion.bench.train_step import Rows, measure
 
@@ -53,6 +54,7 @@ COLUMNS = {  # of a line -> how it is headed and written
     "matmul_share": ("share of the matmul rate", "{:.3f}"),
     "step_bytes": ("GB of a step", "{:.1f}"),
     "tokens_ratio": ("over the peer", "{:.2f}"),
+    "error": ("", "{}"),
 }
 
 
@@ -88,14 +90,9 @@ def line_of(size: str, way: str, options: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """One row a line, in markdown."""
-    rows = [" | ".join(heading for heading, _ in COLUMNS.values()), "|".join("---" for _ in COLUMNS)]
-    for line in lines:
-        values = line | ({"step_bytes": line["step_bytes"] / 1e9} if "step_bytes" in line else {})
-        cells = [form.format(values[name]) if name in values else "" for name, (_, form) in COLUMNS.items()]
-        rows.append(" | ".join(cells) + (f" {line['error']}" if "error" in line else ""))
-    return "".join(f"| {row} |\n" for row in rows)
+def in_gigabytes(line: dict[str, Any]) -> dict[str, Any]:
+    """A line for the table."""
+    return line | ({"step_bytes": line["step_bytes"] / 1e9} if "step_bytes" in line else {})
 
 
 def main(args: list[str] | None = None) -> None:
@@ -120,7 +117,7 @@ def main(args: list[str] | None = None) -> None:
             sys.stdout.write(json.dumps(lines[-1]) + "\n")
             sys.stdout.flush()
             if options.table is not None:
-                options.table.write_text(table(lines), encoding="utf-8")
+                options.table.write_text(table([in_gigabytes(line) for line in lines], COLUMNS), encoding="utf-8")
 
 
 if __name__ == "__main__":
