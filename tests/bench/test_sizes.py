@@ -36,7 +36,7 @@ def test_each_way(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert f"| {eager['step_s']:.3f} | {eager['tokens_per_s']:,.0f} |" in first
 
 
-def test_what_does_not_fit_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_what_does_not_fit_is_a_line(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB")
 
