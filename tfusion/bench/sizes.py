@@ -65,14 +65,13 @@ def one(size: str, way: str, options: argparse.Namespace) -> dict[str, Any]:
     rows = 1 if settings["peer"] else options.rows
     model = {"dim": dim, "layers": layers, "heads": heads, "vocab": 32_000, "image_side": 16, "patch_dim": 48}
     how = {"batch": rows, "dtype": "bf16", "threads": None, "rounds": options.rounds, "warmup": options.warmup}
-    attention = settings["attention"] or ("flex" if DEVICE.type == "cuda" else "sdpa")
     torch.compiler.reset()  # each way compiles anew, and more than eight codes of a block would not be compiled at all
     found = measure(
         Sizes(**model, **how),
         Rows(0, options.seq_len, settings["text_only"]),
         settings["peer"],
         options.trace if way == "flex" else None,
-        {"attention_backend": attention, "activation_checkpointing": options.checkpointing},
+        {"attention_backend": settings["attention"], "activation_checkpointing": options.checkpointing},
         compile_blocks=settings["compiled"],
     )
     return {"size": size, "way": way} | found
