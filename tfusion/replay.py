@@ -8,8 +8,8 @@ Legend: R rows, D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Replayed:
             self.output = self.call(*self.inputs)
 
 
-@cache
+@functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """One of each device for all recordings: a stream's workspaces are never given back."""
     return torch.cuda.Stream(device)
@@ -82,7 +82,7 @@ class TokenSteps:
             return extend(self.model, cache, contents)
         if cache.longest >= self.columns:
             self.columns = min(-(-(cache.longest + 1) // COLUMNS) * COLUMNS, cache.capacity)
-            self.step = Replayed(partial(_step, self.model, cache, self.columns))
+            self.step = Replayed(functools.partial(_step, self.model, cache, self.columns))
         ids = torch.tensor([content[0] if content else PAD_ID for content in contents])
         hidden = self.step(ids.to(cache.keys.device, non_blocking=True))
         cache.advance([len(content) for content in contents])
