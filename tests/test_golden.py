@@ -36,7 +36,7 @@ def test_losses_are_those_recorded(
     module = tiny_module(family, prediction_type, timestep_sampling=sampling, qk_norm=family == "flow")
     recorder = Recorder()
     trainer = tiny_trainer(STEPS, callbacks=[recorder])
-    trainer.fit(module, tiny_data(image_first_noise_limit=0.5))
+    trainer.fit(module, tiny_data(image_first_noise_limit=0.5, max_images_per_row=10))
 
     path = GOLDEN / f"{family}_{prediction_type}.json"
     if os.environ.get("TFUSION_RECORD_GOLDEN") == "1":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image as PILImage
 
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.datamodule import MultimodalDataModule
-from tfusion.sequence import Batch
+from tfusion.sequence import BOI_ID, Batch
 
 
 def corpus(name: str, documents: list, image_size: int | None = None) -> SimpleNamespace:
@@ -49,18 +50,18 @@ def test_negative_workers_are_refused(tiny_data, tiny_module, attached) -> None:
         attached(tiny_data(num_workers=-1), tiny_module())
 
 
-def test_corpora_that_do_not_go_together_are_refused(tiny_data, pictures, texts) -> None:
+def test_corpora_that_do_not_go_together_are_refused(tiny_data, tiny_module, attached, pictures, texts) -> None:
     with pytest.raises(ValueError, match="no corpus: give data.image_corpora, data.text_corpora or both"):
         MultimodalDataModule()
     with pytest.raises(ValueError, match="data.image_share is 0 with image corpora: raise it"):
         tiny_data(image_share=0.0)
     larger = corpus("larger", [], image_size=16)
     with pytest.raises(ValueError, match=r"several sizes \{'tiles': 8, 'larger': 16\}: give all the same"):
-        tiny_data(image_corpora=[pictures, larger])
+        attached(tiny_data(image_corpora=[pictures, larger]), tiny_module())
     with pytest.raises(ValueError, match=r"corpora of the same name in \['tiles', 'lines', 'lines'\]"):
-        tiny_data(text_corpora=[texts, texts])
+        attached(tiny_data(text_corpora=[texts, texts]), tiny_module())
     with pytest.raises(ValueError, match=r"same name in \['tiles', 'tiles'\]"):
-        tiny_data(text_corpora=[corpus("tiles", [])])
+        attached(tiny_data(text_corpora=[corpus("tiles", [])]), tiny_module())
 
 
 def test_missing_prompts_are_refused(tiny_data, tiny_module, attached, tmp_path) -> None:
@@ -129,9 +130,29 @@ def test_slots_that_cannot_hold_the_share_are_refused(tiny_data, tiny_module, at
 def test_slots_that_leave_rows_of_pictures_empty_are_refused(tiny_data, tiny_module, attached) -> None:
     """Without texts, rows are to be full of pictures, whatever image_share says; lowering that is no way out."""
     with pytest.raises(
-        ValueError, match=r"max_images_per_row 2 .*100%: raise the former \(null: 10, as many as fit\)$"
+        ValueError, match=r"max_images_per_row 2 .*100%: raise the former \(null: as many as it takes\)$"
     ):
         attached(tiny_data(text_corpora=[], max_images_per_row=2, image_share=0.5), tiny_module())
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_slots_are_for_half_as_much_again_as_the_share_which_is_kept(
+    tiny_data, tiny_module, pictures, attached, share: float
+) -> None:
+    data = attached(tiny_data(image_share=share), tiny_module())
+    captions = [[len(caption.encode()) for caption in picture.captions] for picture in pictures.load("train")]
+    mean = sum(max(lengths) + 4 + 4 for lengths in captions) / len(captions)  # 4 patches; BOS, BOI, EOI, EOS
+    assert data.mixture.shape.max_images == max(1, math.floor(1.5 * share * 64 / mean)) < 64 // (4 + 2)
+    held_out = next(iter(data.val_dataloader()[data.val_views.index("tiles")]))  # rows of nothing but pictures
+    assert len(held_out.image_valid) == data.val_rows * math.ceil(64 / mean)
+    steps = iter(data.train_dataloader())
+    of_images = 0
+    for _ in range(100):
+        batch = next(steps)
+        for row, ids in enumerate(batch.document_ids):  # a document with a picture is an image document
+            with_picture = {int(ids[at]) for at in (batch.token_ids[row] == BOI_ID).nonzero().flatten().tolist()}
+            of_images += sum(int((ids == document).sum()) for document in with_picture)
+    assert of_images / (100 * 4 * 64) == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -265,7 +286,7 @@ def test_validation_over_2_ranks_has_the_rows_of_1(tiny_data, tiny_module, attac
         data = attached(tiny_data(val_rows=2), tiny_module(), "validate", rank, ranks)
         views = []
         for loader in data.val_dataloader():
-            slots = data.mixture.shape.max_images
+            slots = data.val_shape.max_images
             views.append(
                 [(ids.tolist(), n) for b in loader for ids, n in zip(b.token_ids, b.noise.split(slots), strict=True)]
             )

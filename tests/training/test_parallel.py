@@ -89,6 +89,7 @@ def make(
         rows_per_step=4,
         lanes=2,
         num_workers=workers,
+        max_images_per_row=10,  # so that the ranks have unequal numbers of images
         val_rows=2,
         prompts=None if prompts is None else str(prompts),
         predict_batch_size=1,

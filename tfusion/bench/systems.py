@@ -38,15 +38,12 @@ class System:
         base: of `configs/small/`.
         overlays: of `configs/ablation/`.
         seeds: of data and weights.
-        slots: images a row, where not as many as would fit: with half of the positions text, half of them stay empty,
-            and an adapter runs for each.
     """
 
     name: str
     base: str
     overlays: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    slots: int | None = None
 
     def configs(self, folder: Path) -> list[Path]:
         """In the order in which they are given."""
@@ -54,21 +51,21 @@ class System:
 
 
 SYSTEMS = (
-    System("transfusion-linear-64", "transfusion", ("patch_2",), (0, 1), slots=5),
+    System("transfusion-linear-64", "transfusion", ("patch_2",), (0, 1)),
     System("chameleon", "chameleon", (), (0, 1)),
     System("diffusion-only", "diffusion_only", ("patch_2",), (0, 1)),
     System("text-only", "text_only", (), (0, 1)),
-    System("transfusion-unet-64", "transfusion", ("patch_2", "unet_small"), slots=5),
-    System("transfusion-linear-16", "transfusion", ("patch_4",), slots=12),
-    System("transfusion-unet-16", "transfusion", ("patch_4", "unet_small"), slots=12),
+    System("transfusion-unet-64", "transfusion", ("patch_2", "unet_small")),
+    System("transfusion-linear-16", "transfusion", ("patch_4",)),
+    System("transfusion-unet-16", "transfusion", ("patch_4", "unet_small")),
     System("transfusion-linear-256", "transfusion", ("patch_1",), (0, 1)),
     System("transfusion-unet-256", "transfusion", ("patch_1", "unet_small")),
-    System("captions-no-limit", "transfusion", ("patch_4", "image_first", "no_noise_limit"), slots=12),
-    System("captions-limit-500", "transfusion", ("patch_4", "image_first"), slots=12),
-    System("captions-limit-0", "transfusion", ("patch_4", "image_first", "noise_limit_0"), slots=12),
-    System("captions-unet-16", "transfusion", ("patch_4", "unet_small", "image_first"), slots=12),
-    System("causal-linear-64", "transfusion", ("patch_2", "causal"), slots=5),
-    System("causal-unet-64", "transfusion", ("patch_2", "unet_small", "causal"), slots=5),
+    System("captions-no-limit", "transfusion", ("patch_4", "image_first", "no_noise_limit")),
+    System("captions-limit-500", "transfusion", ("patch_4", "image_first")),
+    System("captions-limit-0", "transfusion", ("patch_4", "image_first", "noise_limit_0")),
+    System("captions-unet-16", "transfusion", ("patch_4", "unet_small", "image_first")),
+    System("causal-linear-64", "transfusion", ("patch_2", "causal")),
+    System("causal-unet-64", "transfusion", ("patch_2", "unet_small", "causal")),
 )
 
 
@@ -107,7 +104,6 @@ def command(system: System, seed: int, root: Path, configs: Path, extra: list[st
         args += ["--config", str(path)]
     args += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
     args += ["--generation_metrics.every_n_steps", "1000000000"]  # `validate` measures
-    args += ["--data.max_images_per_row", str(system.slots)] if system.slots else []
     return [*args, "--data.seed", str(seed), "--model.init_args.seed", str(seed), *extra]
 
 

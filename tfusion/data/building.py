@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,7 +21,7 @@ BYTES_FOR_TOKENIZER = 50_000_000  # of all texts; more change little
 
 
 class Sizes(Protocol):
-    """What a LightningModule says of its model to the data."""
+    """What a LightningModule says of its model to the data; `noise_shape`, too, where that is not `latent_shape`."""
 
     max_seq_len: int
     num_patches: int
@@ -115,9 +117,8 @@ def row_shape(
         )
     slots = most if max_images_per_row is None else max_images_per_row
     image_shape = None if image_size is None or encoded else (3, image_size, image_size)
-    return RowShape(
-        seq_len, sizes.num_patches, slots if image_size else 0, sizes.latent_shape or (0, 0, 0), image_shape
-    )
+    noise_shape = getattr(sizes, "noise_shape", sizes.latent_shape) or (0, 0, 0)
+    return RowShape(seq_len, sizes.num_patches, slots if image_size else 0, noise_shape, image_shape)
 
 
 def drop_long_captions(
@@ -137,12 +138,23 @@ def drop_long_captions(
     return Concatenated(parts)
 
 
-def check_rows(
-    shape: RowShape, pictures: Sequence[CaptionedImage], tokenizer: TextTokenizer, image_share: float, alone: bool
-) -> None:
-    """The first thousand image documents fit a row, and fewer slots than fit can hold the share of images.
+def fit_rows(
+    shape: RowShape,
+    pictures: Sequence[CaptionedImage],
+    tokenizer: TextTokenizer,
+    image_share: float,
+    alone: bool,
+    given: bool,
+) -> tuple[RowShape, RowShape]:
+    """The rows of training and of validation, with image slots for what stands in them.
 
-    As many as fit are as good as it gets: text fills the rest of a row, or, where pictures are `alone`, nothing.
+    Every slot costs an encoder and an adapter, full or empty. Where their number is not `given`, it is in training half
+    as many again as the share of images takes on average, for streams to catch up behind long texts; in validation,
+    whose rows hold one kind of document, as many as fit on average. Where pictures are `alone`, as many as can fit at
+    all, for then text does not fill the rest of a row.
+
+    Raises:
+        ValueError: one of the first thousand image documents fits no row, or fewer slots than fit can hold the share.
     """
     first = first_captions(pictures, 1000)
     longest = [max(map(len, tokenizer.encode_batch(captions))) for captions in first]
@@ -153,12 +165,17 @@ def check_rows(
             f"raise it to at least {max(lengths)}, or take larger patches"
         )
     mean, most = sum(lengths) / len(lengths), most_images(shape.seq_len, shape.num_patches)
+    validation = shape
+    if not given and not alone:
+        fitting = shape.seq_len / mean
+        taken = max(math.ceil(image_share * fitting), int(1.5 * image_share * fitting))
+        validation = dataclasses.replace(shape, max_images=min(most, math.ceil(fitting)))
+        shape = dataclasses.replace(shape, max_images=min(most, taken))
     if shape.max_images < most and shape.max_images * mean / shape.seq_len < 0.9 * image_share:
         lower = "" if alone else ", or lower the latter"
         raise ValueError(
             f"data.max_images_per_row {shape.max_images} fills about {shape.max_images * mean / shape.seq_len:.0%} of "
-            f"a row, data.image_share asks for {image_share:.0%}: raise the former (null: {most}, as many as "
-            f"fit){lower}"
+            f"a row, data.image_share asks for {image_share:.0%}: raise the former (null: as many as it takes){lower}"
         )
     reached = max(1, min(shape.max_images, shape.seq_len // mean)) * mean / shape.seq_len  # documents are whole
     if reached < 0.9 * image_share:
@@ -167,6 +184,7 @@ def check_rows(
             *(mean, 100 * reached, shape.seq_len, 100 * image_share),
             "the rest stays empty" if alone else "text fills the rest",
         )
+    return shape, validation
 
 
 def most_images(seq_len: int, num_patches: int) -> int:

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from tfusion.data.bad_records import BadRecords
 from tfusion.data.building import (
     Sizes,
-    check_rows,
     check_vocab_size,
     count_bad_records,
     drop_long_captions,
+    fit_rows,
     load_texts,
     make_tokenizer,
 )
-from tfusion.data.checks import check_settings, row_for
+from tfusion.data.checks import check_settings, check_together, row_for
 from tfusion.data.choices import ChoiceDocument, ChoiceRows, choice_documents, read_choices
 from tfusion.data.corpora import CaptionedImage, ImageCorpus, Split, TextCorpus
 from tfusion.data.mixture import CaptionedDocuments, Mixture
@@ -33,7 +33,7 @@ from tfusion.data.steps import MicroBatches, StepDataset, StepLayout
 from tfusion.data.text_pieces import TextPieces
 from tfusion.data.validation import GIVEN_IMAGE, ValidationRows, caption_documents, text_documents
 from tfusion.requests import GenerationConfig, Request, parse_request
-from tfusion.sequence import Batch
+from tfusion.sequence import Batch, RowShape
 from tfusion.tokenizers.text import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class MultimodalDataModule(L.LightningDataModule):
         caption_first: share of image documents with the caption first (paper: 0.8).
         caption_drop: share of those that lose the caption, for guidance (JanusFlow, BAGEL: 0.1).
         image_first_noise_limit: highest noise where the image comes first, as a fraction (paper: 1, or 0.5 in table 8).
-        max_images_per_row: K, image slots a row; None = as many as fit.
+        max_images_per_row: K, image slots a row, of which empty ones cost what full ones do; None = half as many again
+            as the share of images takes (without text corpora: as many as fit).
         lanes: streams a row; num_workers divides it.
         num_workers: processes that make training batches.
         val_rows: rows a validation batch and rank.
@@ -112,6 +113,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self.tokenizer: TextTokenizer | None = None
         self.reads_captions = True  # the module does
         self.mixture: Mixture | None = None
+        self.val_shape: RowShape | None = None  # of a validation row
         self.layout: StepLayout | None = None  # of training
         self.bad_records = BadRecords(max_bad_share)
         self._measured_pictures: dict[tuple[str, Split], Concatenated] = {}
@@ -164,7 +166,8 @@ class MultimodalDataModule(L.LightningDataModule):
         """
         encodes = hasattr(module, "own_shards")
         if stage == "predict" and not encodes:
-            return  # requests need no corpus
+            return  # requests need no corpus, which need not be on this machine
+        check_together(self)
         if encodes:
             check_corpora(self.image_corpora, self.text_corpora)
         if hasattr(module, "check_data"):
@@ -198,7 +201,7 @@ class MultimodalDataModule(L.LightningDataModule):
     def prepare_mixture(self, module: Sizes) -> None:
         """Load the training data and check it against a model, before any time is spent."""
         self.check_against(module, "fit")
-        shape = row_for(self, module)
+        shape = self.val_shape = row_for(self, module)
         self._measured_pictures = {}
         self.bad_records = count_bad_records(self.image_corpora + self.text_corpora, self.max_bad_share)
         texts = load_texts(self.text_corpora)
@@ -213,7 +216,8 @@ class MultimodalDataModule(L.LightningDataModule):
             order = (self.caption_first, self.caption_drop) if self.reads_captions else (1.0, 1.0)  # first, and dropped
             if self.reads_captions:
                 pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
-                check_rows(shape, pictures, self.tokenizer, share, alone=not texts)
+                given = self.max_images_per_row is not None
+                shape, self.val_shape = fit_rows(shape, pictures, self.tokenizer, share, not texts, given)
             chances = (*order, self.image_first_noise_limit)
             images = CaptionedDocuments(pictures, self.tokenizer, self.seed, *chances, self.image_weights)
         piece_bytes = max(2048, 4 * self.seq_len)
@@ -231,7 +235,7 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """One loader a view, in the order of `val_views`, then one a file of ranked choice, in that of `questions`."""
-        tokenizer, shape = self.tokenizer, self.mixture.shape
+        tokenizer, shape = self.tokenizer, self.val_shape
         most = self.max_val_characters
         documents = [text_documents(load_split(corpus, "val"), tokenizer, most) for corpus in self.text_corpora]
         for corpus in self.image_corpora:
