@@ -83,7 +83,7 @@ class RowShape:
         seq_len: T.
         num_patches: P.
         max_images: K, image slots a row, at most floor(T / (P + 2)).
-        latent_shape: (C, h, w), what noise is drawn for.
+        latent_shape: (C, h, w), what noise is drawn for, and without `image_shape` what rows hold.
         image_shape: (3, H, W) of the pictures before the image tokenizer; None = documents hold latents.
     """
 

@@ -41,13 +41,15 @@ def measured(reconstructed: torch.Tensor, truth: torch.Tensor, batch: int = 99) 
     return metric.compute()
 
 
-@pytest.mark.parametrize("batch", [1, 3, 99])
-def test_means_over_pictures_are_those_of_the_formulas(batch: int) -> None:
+@pytest.mark.parametrize(("batch", "autocast"), [(1, False), (3, False), (99, False), (3, True)])
+def test_means_over_pictures_are_those_of_the_formulas(batch: int, autocast: bool) -> None:
+    """Inside a module's mixed precision, too."""
     truth = pictures(7)
     spread = torch.linspace(0.01, 0.3, 7).view(-1, 1, 1, 1)
     other = (truth + spread * (pictures(7, seed=1) - 0.5)).clamp(0, 1)
     pairs = list(zip(other.double().numpy(), truth.double().numpy(), strict=True))
-    values = measured(other, truth, batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values = measured(other, truth, batch)
     for name, formula, tolerance in (("psnr", psnr, 1e-5), ("ssim", ssim, 1e-4)):
         each = np.array([formula(*pair) for pair in pairs])
         assert each.std() > 0.01

@@ -16,9 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import VectorQuantizer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image as PILImage
 from torch.distributions import Normal, kl_divergence
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image.lpips import _LPIPS
+from torchmetrics.image import lpip
 
 from tests.conftest import BYTES_VOCAB_SIZE, IMAGE_SIZE, TinyPictures, picture
 from tests.data.picture_folders import S, png
@@ -194,7 +198,7 @@ def test_a_logit_sees_70_pixels() -> None:
 
 def batch_of(pictures: int, slots: int, fill: int = 0) -> Batch:
     """A row with so many pictures in so many slots; empty ones hold `fill`."""
-    shape = RowShape(64, 1, slots, (3, IMAGE_SIZE, IMAGE_SIZE), (3, IMAGE_SIZE, IMAGE_SIZE))
+    shape = RowShape(64, 1, slots, (3, IMAGE_SIZE // 2, IMAGE_SIZE // 2), (3, IMAGE_SIZE, IMAGE_SIZE))
     batch = collate([[Document((Image(picture(n).image),)) for n in range(pictures)]], shape, [("a",)])
     batch.images[pictures:] = fill
     batch.noise[:pictures] = torch.randn(batch.noise[:pictures].shape, generator=torch.Generator().manual_seed(0))
@@ -427,6 +431,19 @@ def test_the_folder_is_the_evaluated_model(runs: dict[str, Any], kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_validation_is_in_fp32_whatever_training_is(tmp_path: Path, kind: str) -> None:
+    """As image tokenizers are: what is measured is what a model on the latents gets."""
+    metrics = fit(tmp_path, kind, validate=True, precision="bf16-mixed").metrics
+    held_out = torch.stack([one.image for one in TinyPictures().load("val")]).float() / 127.5 - 1
+    tokenizer = (VAETokenizer if kind == "kl" else VQTokenizer)(str(tmp_path / "autoencoder"))
+    again, truth = ((each + 1) / 2 for each in (tokenizer.decode(tokenizer.encode(held_out)), held_out))
+    psnr = -10 * (again - truth).square().flatten(1).mean(1).log10()
+    assert metrics["val/tiles/psnr"] == pytest.approx(float(psnr.mean()), rel=1e-5)
+    ssim = structural_similarity_index_measure(again, truth, data_range=1.0)
+    assert metrics["val/tiles/ssim"] == pytest.approx(float(ssim), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_resume_changes_no_bit(runs: dict[str, Any], kind: str) -> None:
     folder, whole = runs[kind]
     first = fit(folder, kind, stop=2)  # before the adversary, with codes about to die
@@ -579,6 +596,45 @@ def test_lpips_is_used_where_its_weights_are(
     assert module.weights["perceptual"] == 3.0
 
 
+def test_the_distance_is_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torchmetrics' network over a VGG-16 of random weights, against the definition, feature by feature."""
+
+    def untrained(net_type: str) -> SimpleNamespace:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return SimpleNamespace(net=_LPIPS(net=net_type, pnet_rand=True))
+
+    monkeypatch.setattr(lpip, "LearnedPerceptualImagePatchSimilarity", untrained)
+    distance = Perceptual("download")
+    assert distance.load(torch.device("cpu"))
+    network = distance._network
+    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+    images, others = F.interpolate(images_of(4), size=32).split(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distance(images, others)
+
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)  # of ImageNet's pictures in [-1, 1]
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+    parts = [getattr(network.net, f"slice{n}") for n in range(1, 6)]
+    for n in range(2):
+        a, b, total = (images[n] - shift) / scale, (others[n] - shift) / scale, 0.0
+        for part, linear in zip(parts, network.lins, strict=True):
+            a, b = part(a[None])[0], part(b[None])[0]
+            unit_a, unit_b = (x / x.square().sum(0, keepdim=True).sqrt() for x in (a, b))
+            weights = linear.model[-1].weight.view(-1, 1, 1)
+            total += float((weights * (unit_a - unit_b).square()).sum(0).mean())
+        assert float(found[n]) == pytest.approx(total, rel=1e-4)
+
+
+def test_machines_that_do_not_all_have_lpips_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the processes would train another loss, and wait for the others' sums for ever."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    another_has = lambda self, decision, all=True: decision if all else True  # noqa: E731
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", another_has, raising=False)
+    with pytest.raises(ValueError, match="not all machines have vgg16-397923af.pth"):
+        fit(tmp_path / "run", "kl", perceptual="cached")
+
+
 def test_ranks_but_the_first_do_not_miss_lpips_aloud(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -682,10 +738,29 @@ def test_captions_are_not_read(tmp_path: Path, attached) -> None:
     )
     assert len(data.mixture.images.pictures) + len(pictures.load("val")) == 20
     batch = next(iter(data.train_dataloader()))
-    assert batch.image_valid.sum() == 4
+    assert batch.image_valid.sum() == 4 and batch.noise.shape == (4, 0, 0, 0)  # codes need none
     assert (batch.document_ids >= 0).sum() == 4 * 5
     for loader in data.val_dataloader():
         assert sum(int(held_out.image_valid.sum()) for held_out in loader) == len(pictures.load("val")) > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulate", "validated", "held"),
+    [(5, 1, 2, "hold the weights of micro-batch 4"), (3, 1, 4, "never be written"), (3, 2, 4, "of micro-batch 4")],
+)
+def test_training_past_the_last_validation_is_refused(
+    tiny_trainer, steps: int, accumulate: int, validated: int, held: str
+) -> None:
+    """The folder would not hold what was trained."""
+    settings = {"limit_val_batches": 1.0, "val_check_interval": validated, "accumulate_grad_batches": accumulate}
+    with pytest.raises(ValueError, match=f"max_steps {steps} .* no multiple of .* {validated} .*{held}"):
+        tiny_trainer(steps, **settings).fit(module_of("kl"), data_of())
+
+
+def test_a_run_that_writes_no_folder_says_so(tiny_trainer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        tiny_trainer(1).fit(module_of("kl"), data_of())
+    assert "no autoencoder will be written" in caplog.text
 
 
 def test_data_that_is_not_pictures_alone_is_refused(tiny_trainer, texts) -> None:

@@ -29,7 +29,9 @@ class Reconstruction(Metric):
         if len(pictures) == 0:
             return
         psnr = peak_signal_noise_ratio(reconstructed, pictures, 1.0, reduction="none", dim=(1, 2, 3))
-        ssim = structural_similarity_index_measure(reconstructed, pictures, reduction="none", data_range=1.0)
+        # SSIM's variances are small differences of large sums, of which bf16 leaves noise
+        with torch.autocast(pictures.device.type, enabled=False):
+            ssim = structural_similarity_index_measure(reconstructed, pictures, reduction="none", data_range=1.0)
         values = torch.stack([psnr.clamp(max=MOST_PSNR), ssim.view(-1)]).double()  # (2, n)
         self.sums += values.sum(1)
         self.squares += values.square().sum(1)

@@ -81,7 +81,7 @@ class Autoencoder(nn.Module):
         self.num_patches = 1  # an image is one place in its row: rows only carry pictures
         self.image_size, self.latent_channels = image_size, latent_channels
         self.norm_num_groups = norm_num_groups
-        self.latent_shape = (3, image_size, image_size)  # of the rows' noise: pictures come as they are
+        self.latent_shape = (3, image_size, image_size)  # pictures come as they are
         self.coded_shape = (latent_channels, image_size // self.factor, image_size // self.factor)
         import diffusers  # takes seconds to import: only where it is used
 

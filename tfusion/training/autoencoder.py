@@ -62,6 +62,11 @@ class AutoencoderModule(TrainedModule):
 
     reads_captions = False
 
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of what rows draw for each picture: as many numbers as there are latents, or, of codes, none."""
+        return self.model.coded_shape if self.codes is None else (0, 0, 0)
+
     def __init__(
         self,
         model: Autoencoder,
@@ -118,6 +123,22 @@ class AutoencoderModule(TrainedModule):
             raise ValueError(
                 "got data.image_first_noise_limit 0, which says that such pictures have no loss: leave it out"
             )
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._check_export()
+
+    def _check_export(self) -> None:
+        """Refuse to train past the last validation: the folder would hold older weights, or not be there."""
+        steps, batches = self.trainer.max_steps, self.trainer.val_check_interval
+        if self.trainer.limit_val_batches == 0:
+            log.warning("trainer.limit_val_batches is 0: no autoencoder will be written, which validation does")
+        elif isinstance(batches, int) and steps * self.trainer.accumulate_grad_batches % batches:
+            last = steps * self.trainer.accumulate_grad_batches // batches * batches
+            held = f"hold the weights of micro-batch {last}" if last else "never be written"
+            raise ValueError(
+                f"trainer.max_steps {steps} of {self.trainer.accumulate_grad_batches} micro-batches is no multiple of "
+                f"trainer.val_check_interval {batches} (in micro-batches): the autoencoder, which validation writes, "
+                f"would {held}; change either"
+            )
 
     def setup(self, stage: str) -> None:
         """Refuse weights in shards."""
@@ -125,9 +146,15 @@ class AutoencoderModule(TrainedModule):
             raise ValueError("got FSDP2; an autoencoder is small: train it on one device or with DDP")
 
     def configure_model(self) -> None:
-        """Allocate and fill the weights, and look for LPIPS's."""
+        """Allocate and fill the weights, and look for LPIPS's, which all processes have to find, or none."""
         super().configure_model()
-        self.perceptual.load(self.trainer.strategy.root_device)
+        found = self.perceptual.load(self.trainer.strategy.root_device)
+        everywhere = self.trainer.strategy.reduce_boolean_decision(found, all=True)
+        if everywhere != self.trainer.strategy.reduce_boolean_decision(found, all=False):
+            raise ValueError(
+                f"perceptual is cached, and not all machines have {VGG_FILE}: put it into torch's cache on each, or "
+                "set perceptual to off or download"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also whether there is a perceptual loss: `cached` leaves that to the machine."""
@@ -148,12 +175,10 @@ class AutoencoderModule(TrainedModule):
             )
 
     def _pictures(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(I, 3, S, S) in [-1, 1], and as many normal numbers as there are latents (I, C, h, w)."""
+        """(I, 3, S, S) in [-1, 1], and normal numbers (I, *noise_shape)."""
         if batch.images is None:
             raise ValueError("the data holds latents; an autoencoder learns from pictures: give corpora of pictures")
-        shape = self.model.coded_shape
-        numbers = batch.noise.flatten(1)[:, : shape[0] * shape[1] * shape[2]]  # rows draw them for 3 S^2
-        return batch.images.float() / 127.5 - 1, numbers.unflatten(1, shape)
+        return batch.images.float() / 127.5 - 1, batch.noise
 
     def _parts(
         self, model: Autoencoder, images: Tensor, noise: Tensor | None
@@ -231,13 +256,17 @@ class AutoencoderModule(TrainedModule):
         self._validation = AutoencoderValidation(self.evaluation_model, corpora, self._network, self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Code and decode each held-out picture once, without noise: the view given_image has the same ones."""
+        """Code and decode each held-out picture once, without noise: the view given_image has the same ones.
+
+        In fp32, as image tokenizers do, and features and measures with it.
+        """
         view = self.trainer.datamodule.val_views[dataloader_idx]
         if view.endswith(GIVEN_IMAGE):
             return
-        images, _ = self._pictures(batch)
-        parts, reconstructed, coded = self._parts(self.evaluation_model, images, None)
-        self._validation.update(view, batch.images, reconstructed, parts, coded, batch.image_valid)
+        with torch.autocast(self.device.type, enabled=False):
+            images, _ = self._pictures(batch)
+            parts, reconstructed, coded = self._parts(self.evaluation_model, images, None)
+            self._validation.update(view, batch.images, reconstructed, parts, coded, batch.image_valid)
 
     def on_validation_epoch_end(self) -> None:
         """Log; in fit write the sheet and the folder."""
