@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import inspect
 import json
@@ -15,6 +16,7 @@ from diffusers import AutoencoderKL, VQModel
 
 from tests.conftest import TINY_AUTOENCODER
 from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, VAETokenizer, VQTokenizer
+from tfusion.tokenizers.autoencoder_folder import fingerprint_of
 
 CONFIG = TINY_AUTOENCODER | {"shift_factor": 0.3}
 
@@ -154,9 +156,10 @@ def test_wrong_folders_are_refused(folder: str, tmp_path: Path, monkeypatch: pyt
         VAETokenizer(str(tmp_path))
     config = json.loads(Path(folder, "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").touch()  # which from_pretrained would not read
     with pytest.raises(ValueError, match="no weights"):
         VAETokenizer(str(tmp_path))
-    (tmp_path / "x.safetensors").touch()
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
     with pytest.raises(ValueError, match=r"holds AutoencoderTiny .*: only AutoencoderKL \(VAE.* and VQModel \(VQ"):
         VAETokenizer(str(tmp_path))
@@ -198,6 +201,61 @@ def test_the_fingerprint_is_of_what_latents_mean(folder: str, tmp_path: Path) ->
     config = json.loads(Path(folder, "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
     assert VAETokenizer(str(tmp_path / "other")).fingerprint != first
+
+
+def test_all_of_a_tokenizer_is_of_one_place(folder: str, tmp_path: Path) -> None:
+    """The run that trains the autoencoder may put another in its place at any time."""
+    shutil.copytree(folder, tmp_path / "one")
+    shutil.copytree(folder, tmp_path / "other")
+    autoencoder = AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        autoencoder.quant_conv.weight.mul_(2)
+    autoencoder.save_pretrained(tmp_path / "other")
+    link = tmp_path / "autoencoder"
+    link.symlink_to("one")
+    tokenizer = VAETokenizer(str(link))
+    link.unlink()
+    link.symlink_to("other")
+    assert not torch.equal(VAETokenizer(str(link)).encode(_images()), VAETokenizer(folder).encode(_images()))
+    assert torch.equal(tokenizer.encode(_images()), VAETokenizer(folder).encode(_images()))
+    shutil.rmtree(tmp_path / "one")
+    assert tokenizer.fingerprint == VAETokenizer(folder).fingerprint != VAETokenizer(str(link)).fingerprint
+
+
+def test_fingerprints_of_hub_and_clone_are_equal(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the files that `from_pretrained` reads, whatever lies beside them; also where there is only a `.bin`."""
+    weights = Path(folder, "diffusion_pytorch_model.safetensors").read_bytes()
+    repositories = {
+        "plain": {"diffusion_pytorch_model.safetensors": weights},
+        "rich": {
+            "diffusion_pytorch_model.safetensors": weights,
+            "diffusion_pytorch_model.fp16.safetensors": b"half",
+            "other_vae.safetensors": b"other",
+            "diffusion_pytorch_model.bin": b"pickled",
+        },
+        "old": {"diffusion_pytorch_model.bin": b"pickled"},
+        "older": {"diffusion_pytorch_model.bin": b"pickled otherwise"},
+        "parts": {f"diffusion_pytorch_model-0000{n}-of-00002.safetensors": b"%d" % n for n in (1, 2)},
+    }
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / "cache" / name / "vae"
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file, content in repositories[name].items():
+            if any(fnmatch.fnmatch(f"vae/{file}", pattern) for pattern in allow_patterns):
+                (snapshot / file).write_bytes(content)
+        return str(snapshot.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = {}
+    for name, files in repositories.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+        found[name] = fingerprint_of(name, "vae", {"scaling_factor": 1.0})
+        assert fingerprint_of(str(tmp_path / name), None, {"scaling_factor": 1.0}) == found[name]
+    assert found["rich"] == found["plain"]
+    assert len(set(found.values())) == 4
 
 
 def test_a_later_diffusers_with_more_arguments_keeps_fingerprints(
@@ -248,7 +306,7 @@ def test_vq_is_an_image_tokenizer(vq_folder: str) -> None:
     tokenizer, images = VQTokenizer(vq_folder), _images()
     assert isinstance(tokenizer, ImageTokenizer)
     assert (tokenizer.codebook_size, tokenizer.factor) == (300, 2)
-    assert tokenizer.fingerprint == VQTokenizer(vq_folder, dtype="bfloat16").fingerprint
+    assert VQTokenizer(vq_folder, dtype="bfloat16").fingerprint == f"{tokenizer.fingerprint}-bfloat16"  # other ids
     ids = tokenizer.encode(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tokenizer.encode(images), ids)

@@ -64,22 +64,38 @@ def fingerprint_of(path: str, subfolder: str | None, config: dict[str, Any]) -> 
     Of what the file says, not of the constructor's arguments: another diffusers may have more of these. Names that
     begin with an underscore (`_diffusers_version`, `_name_or_path`) are notes, which change nothing.
     """
-    if Path(path).exists():
-        folder = Path(path, subfolder or "")
-    else:
-        from huggingface_hub import snapshot_download
-
-        prefix = f"{subfolder}/" if subfolder else ""
-        names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
-        folder = Path(snapshot_download(path, allow_patterns=[prefix + name for name in names]), subfolder or "")
+    folder = Path(path, subfolder or "") if Path(path).exists() else _downloaded(path, subfolder)
     said = {name: value for name, value in config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=list).encode())
-    # the same order of preference as from_pretrained's
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+    for file in weight_files(folder):
         with file.open("rb") as weights:
             while block := weights.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """What `from_pretrained` reads of a folder, which may hold other precisions and formats of the same beside it."""
+    for ending in ("safetensors", "bin"):
+        whole = folder / f"diffusion_pytorch_model.{ending}"
+        parts = sorted(folder.glob(f"diffusion_pytorch_model-*-of-*.{ending}"))
+        if whole.is_file() or parts:
+            return [whole] if whole.is_file() else parts
+    return []
+
+
+def _downloaded(name: str, subfolder: str | None) -> Path:
+    """The folder of an autoencoder of the Hugging Face hub, with the weights that `from_pretrained` reads."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path()
+    for ending in ("safetensors", "bin"):
+        prefix = f"{subfolder}/" if subfolder else ""
+        names = (f"diffusion_pytorch_model.{ending}", f"diffusion_pytorch_model-*-of-*.{ending}")
+        folder = Path(snapshot_download(name, allow_patterns=[prefix + one for one in names]), subfolder or "")
+        if weight_files(folder):
+            break
+    return folder
 
 
 def _class_of(kind: str) -> Any:
@@ -94,5 +110,8 @@ def _check_folder(folder: Path, kind: str) -> None:
             f"{str(folder)!r} has no config.json; give a folder that {kind}.save_pretrained wrote "
             "(of a pipeline, its subfolder vae or vqvae)"
         )
-    if not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
-        raise ValueError(f"{str(folder)!r} has a config.json but no weights (*.safetensors or *.bin)")
+    if not weight_files(folder):
+        raise ValueError(
+            f"{str(folder)!r} has a config.json but no weights: expected diffusion_pytorch_model.safetensors or .bin, "
+            "or parts of it"
+        )

@@ -8,6 +8,7 @@ Shapes: images (I, 3, H, W) in [-1, 1], latents (I, C, h, w).
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
@@ -25,7 +26,7 @@ class ImageTokenizer(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """What its latents mean: equal for tokenizers whose latents may be mixed; hex of 16 characters, or a word."""
+        """What its latents mean: equal for tokenizers whose latents may be mixed; 16 hex digits, or a word."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -99,7 +100,9 @@ class AutoencoderTokenizer(ImageTokenizer):
             raise ValueError(f"got chunk_size {chunk_size}, expected at least 1 image")
         self.path, self.subfolder, self.chunk_size = path, subfolder, chunk_size
         self.dtype = getattr(torch, dtype)
-        self.config, self._said = load_config(path, subfolder, self.kind)  # of the network; of config.json
+        # a run that still trains its autoencoder moves the link: all of this one is of one place
+        self._place = os.path.realpath(path) if os.path.exists(path) else path
+        self.config, self._said = load_config(self._place, subfolder, self.kind)  # of the network; of config.json
         self.factor = 2 ** (len(self.config["block_out_channels"]) - 1)  # pixels a latent position, each side
         self._network: Any = None
         self._device: torch.device | None = None
@@ -120,7 +123,7 @@ class AutoencoderTokenizer(ImageTokenizer):
     @cached_property
     def fingerprint(self) -> str:
         """Of config.json and of the weights' bytes; not of `dtype`, which only rounds. Reads the weights once."""
-        return fingerprint_of(self.path, self.subfolder, self._said)
+        return fingerprint_of(self._place, self.subfolder, self._said)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, image_size / factor, image_size / factor); an error names the nearest sizes that fit."""
@@ -134,9 +137,10 @@ class AutoencoderTokenizer(ImageTokenizer):
         return self.channels, image_size // self.factor, image_size // self.factor
 
     def to(self, device: torch.device | str) -> Self:
-        """Load the weights if need be, and move them."""
+        """Load the weights if need be, and take their fingerprint, while they are there; move them."""
         if self._network is None:
-            self._network = load_frozen(self.path, self.subfolder, self.kind, self.dtype)
+            self._network = load_frozen(self._place, self.subfolder, self.kind, self.dtype)
+            _ = self.fingerprint
         self._network.to(device)
         self._device = torch.device(device)
         return self
@@ -218,6 +222,12 @@ class VQTokenizer(AutoencoderTokenizer):
     """
 
     kind, channels = "VQModel", 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As of latents; rounded weights find other codes, so of `dtype`, too, where that is not float32."""
+        found = super().fingerprint
+        return found if self.dtype == torch.float32 else f"{found}-{str(self.dtype).removeprefix('torch.')}"
 
     @property
     def codebook_size(self) -> int:
