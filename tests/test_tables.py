@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tfusion.__main__ import TfusionCLI, run
+from tfusion.models.autoencoder import KLAutoencoder, VQAutoencoder
 from tfusion.models.chameleon import Chameleon
 
 ROOT = Path(__file__).parents[1]
@@ -114,3 +115,22 @@ def test_a_row_builds_what_it_says(
         assert module.generation.guidance_scale == float(guidance.group(1))
         assert (module.generation.sampler, module.generation.num_inference_steps) == (None, 250)
         assert module.process.family == "ddpm"
+
+
+def test_the_papers_codes_are_an_overlay_of_its_autoencoder(
+    cli: Built, config_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which changes the class: what is said of the other one, and of its loss, has to stay where it fits."""
+    monkeypatch.chdir(config_folder)
+    command = "tfusion fit --config configs/autoencoder_paper.yaml"
+    of_latents = build(cli, command).model
+    of_codes = build(cli, f"{command} --config configs/autoencoder/vq.yaml").model
+    assert (type(of_latents.model), type(of_codes.model)) == (KLAutoencoder, VQAutoencoder)
+    assert (of_codes.model.codebook_size, of_codes.model.restart_after) == (16384, 100)
+    assert of_codes.model.network.quantize.beta == 0.25
+    assert of_codes.model.image_size == of_latents.model.image_size == 256
+    assert of_codes.model.coded_shape == of_latents.model.coded_shape == (8, 32, 32)
+    numel = [sum(p.numel() for p in one.model.parameters()) for one in (of_latents, of_codes)]
+    assert numel[1] == pytest.approx(numel[0], rel=0.01)
+    kept = ("perceptual", "adversarial", "discriminator", "l1")
+    assert {name: of_codes.weights[name] for name in kept} == {name: of_latents.weights[name] for name in kept}

@@ -66,13 +66,15 @@ def test_a_wrong_line_is_named(line: object, expected: str, tmp_path: Path) -> N
         read_choices(written(tmp_path, LINE, "", line, LINE))
 
 
-def test_no_file_and_no_question_are_refused_before_anything_is_read(tmp_path: Path, tiny_data) -> None:
+def test_no_file_and_no_question_are_refused_before_anything_is_read(
+    tmp_path: Path, tiny_data, tiny_module, attached
+) -> None:
     with pytest.raises(ValueError, match=r"no choices file .*none\.jsonl"):
         tiny_data(choices={"cats": str(tmp_path / "none.jsonl")})
     with pytest.raises(ValueError, match=r"choices\.jsonl holds no question"):
         tiny_data(choices={"cats": str(written(tmp_path, ""))})
     with pytest.raises(ValueError, match=r"data.choices has the names \['tiles'\], which are corpora's"):
-        tiny_data(choices={"tiles": str(written(tmp_path, LINE))})
+        attached(tiny_data(choices={"tiles": str(written(tmp_path, LINE))}), tiny_module())
 
 
 def test_scored_are_the_choices_tokens_and_no_others(tmp_path: Path) -> None:

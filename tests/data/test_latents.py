@@ -16,8 +16,9 @@ from tests.conftest import IMAGE_SIZE, TinyPictures
 from tests.data.latent_caches import LATENT_SHAPE, Broken, Halves, Tiles, cache, encode, one_by_one, save_autoencoder
 from tests.data.picture_folders import S, write_pairs
 from tfusion.data import ImageFiles, Latents
+from tfusion.data.checks import check_together
 from tfusion.data.encoded import check_latents, check_not_mixed
-from tfusion.data.latent_shards import KEY, read_info, write_shard
+from tfusion.data.latent_shards import KEY, clear_unfinished, read_info, write_shard
 from tfusion.data.mixture import CaptionedDocuments
 from tfusion.tokenizers import PixelTokenizer
 
@@ -185,6 +186,32 @@ def test_float16_that_overflows_is_not_finite(tmp_path: Path) -> None:
     assert sorted(bad.key for bad in table.bad) == sorted(large) != []
 
 
+def test_a_process_that_outlived_its_run_is_in_no_ones_way(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is still writing a shard while the next run clears up and writes the same one."""
+    [first, *_] = sorted(copied.glob("*.parquet"))
+    info, rows, before = read_info(first), pq.read_table(first).to_pylist(), first.read_bytes()
+    [shard] = [shard for shard in info.shards() if shard.name == first.name]
+    write_table = pq.write_table
+
+    def slowly(*args, **kwargs) -> None:
+        write_table(*args, **kwargs)
+        monkeypatch.setattr(pq, "write_table", write_table)
+        write_shard(copied, shard, info, rows)
+
+    monkeypatch.setattr(pq, "write_table", slowly)
+    write_shard(copied, shard, info, rows)
+    assert first.read_bytes() == before
+
+    def cleared(*args, **kwargs) -> None:
+        write_table(*args, **kwargs)
+        clear_unfinished(copied)
+
+    monkeypatch.setattr(pq, "write_table", cleared)
+    with pytest.raises(FileNotFoundError):  # of the older process alone
+        write_shard(copied, shard, info, rows)
+    assert first.read_bytes() == before and not list(copied.glob(".*"))
+
+
 # What is refused.
 
 
@@ -192,22 +219,22 @@ def test_missing_shards_are_named(copied: Path) -> None:
     for name in ("train-00001-of-00003.parquet", "test-00000-of-00001.parquet"):
         (copied / name).unlink()
     with pytest.raises(ValueError, match=r"2 of 6 shards are missing.*: test-00000-of-00001.*, train-00001-of-00003"):
-        Latents(str(copied))
+        Latents(str(copied)).prepare()
 
 
 def test_no_cache_or_another_one(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'nowhere' holds no shard of a latent cache .*tfusion predict"):
-        Latents("nowhere")
+        Latents("nowhere").prepare()
     shutil.copy(copied / "val-00000-of-00002.parquet", copied / "val-00000-of-00003.parquet")
     with pytest.raises(ValueError, match=r"val-00000-of-00003.parquet in .* is of another cache than test-00000"):
-        Latents(str(copied))
+        Latents(str(copied)).prepare()
     (copied / "val-00000-of-00003.parquet").unlink()
     (copied / "test-00000-of-00001.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"test-00000-of-00001.parquet cannot be read .*remove it"):
-        Latents(str(copied))
+        Latents(str(copied)).prepare()
     pq.write_table(pa.table({"a": [1]}), copied / "test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match="is parquet, but no part of a latent cache"):
-        Latents(str(copied))
+        Latents(str(copied)).prepare()
 
 
 def test_a_shard_of_other_latents_is_refused_before_any_is_read(copied: Path) -> None:
@@ -225,7 +252,7 @@ def test_a_cache_of_another_version(copied: Path) -> None:
     metadata = {KEY: table.schema.metadata[KEY].replace(b'"version": 1', b'"version": 99')}
     pq.write_table(table.replace_schema_metadata(metadata), path)
     with pytest.raises(ValueError, match="of version 99, this tfusion reads 1: encode the corpus again"):
-        Latents(str(copied))
+        Latents(str(copied)).prepare()
 
 
 def test_a_broken_page_is_bad_records(copied: Path) -> None:
@@ -243,7 +270,7 @@ def test_latents_and_pixels_in_one_run(exact: Path, tiny_data) -> None:
     with pytest.raises(ValueError, match=r"\['tiles'\] are latents, \['others'\] are pixels: encode those, too"):
         others = TinyPictures()
         others.name = "others"
-        tiny_data(image_corpora=[corpus, others])
+        check_together(tiny_data(image_corpora=[corpus, others]))
     check_not_mixed([corpus, corpus])
     check_not_mixed([TinyPictures()])
 

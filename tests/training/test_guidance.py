@@ -8,7 +8,7 @@ import torch
 from tfusion.callbacks.samples import SampleGrid
 from tfusion.requests import GenerationConfig, parse_request
 
-MESSAGE = r"guidance_scale 3.0, but training with data.caption_drop 0, or with data.caption_first 0, shows no picture"
+MESSAGE = r"guidance_scale 3.0, but training with data.caption_drop 0, or with data.caption_first 0, leaves out no"
 IMAGE = {"segments": ["red"], "generate": "image", "num_inference_steps": 2}
 GUIDED = GenerationConfig(num_inference_steps=2, guidance_scale=3.0, max_new_tokens=4)
 

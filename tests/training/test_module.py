@@ -213,3 +213,5 @@ def test_losses_that_would_not_teach_are_refused(tiny_module, tiny_data, tiny_tr
     data = tiny_data(text_corpora=[], caption_first=0.0, image_first_noise_limit=0.0)
     with pytest.raises(ValueError, match="no picture would have a loss; set data.caption_first to 1"):
         tiny_trainer(1).fit(tiny_module(predict_text=False), data)
+    with pytest.raises(ValueError, match="predict_text false and data.text_corpora .* have no loss; set both to null"):
+        tiny_trainer(1).fit(tiny_module(predict_text=False), tiny_data())

@@ -36,15 +36,6 @@ def check_settings(data: Any) -> None:
         raise ValueError("no corpus: give data.image_corpora, data.text_corpora or both")
     if data.image_corpora and data.image_share == 0:
         raise ValueError("data.image_share is 0 with image corpora: raise it, or leave out data.image_corpora")
-    check_not_mixed(data.image_corpora)
-    sizes = {corpus.name: corpus.image_size for corpus in data.image_corpora}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"image corpora of several sizes {sizes}: give all the same image_size")
-    names = [corpus.name for corpus in data.image_corpora + data.text_corpora]
-    if len(set(names)) < len(names):
-        raise ValueError(f"corpora of the same name in {names}: their metrics could not be told apart")
-    if shared := set(names) & set(data.choices):
-        raise ValueError(f"data.choices has the names {sorted(shared)}, which are corpora's: give others")
     for kind in ("image", "text"):
         weights, number = getattr(data, f"{kind}_weights"), len(getattr(data, f"{kind}_corpora"))
         if weights is not None and (len(weights) != number or not all(0 < weight < math.inf for weight in weights)):
@@ -54,6 +45,19 @@ def check_settings(data: Any) -> None:
             )
     if data.prompts is not None and not os.path.isfile(data.prompts):
         raise ValueError(f"data.prompts is {data.prompts!r}, which is no file: give the path of a prompts.jsonl")
+
+
+def check_together(data: Any) -> None:
+    """Raise ValueError for corpora that no run can have together; those of latents are asked what they hold."""
+    check_not_mixed(data.image_corpora)
+    sizes = {corpus.name: corpus.image_size for corpus in data.image_corpora}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"image corpora of several sizes {sizes}: give all the same image_size")
+    names = [corpus.name for corpus in data.image_corpora + data.text_corpora]
+    if len(set(names)) < len(names):
+        raise ValueError(f"corpora of the same name in {names}: their metrics could not be told apart")
+    if shared := set(names) & set(data.choices):
+        raise ValueError(f"data.choices has the names {sorted(shared)}, which are corpora's: give others")
 
 
 def row_for(data: Any, sizes: Sizes) -> RowShape:

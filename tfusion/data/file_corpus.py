@@ -17,8 +17,13 @@ class FileCorpus(ABC):
 
     def __init__(self, path: str | list[str], val: str | list[str] | None, val_share: float, name: str | None) -> None:
         self.path, self.val, self.val_share = path, val, check_val_share(val_share)
-        self.name = name or default_name(path)
+        self._name = name
         self._tables: dict[str, Table] = {}
+
+    @property
+    def name(self) -> str:
+        """In metrics: what it is called, or the last part of the path that says something."""
+        return self._name or default_name(self.path)
 
     def prepare(self) -> None:
         """Read all files into the cache, unless that has been done; one process does it for all."""

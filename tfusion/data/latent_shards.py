@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,15 +156,16 @@ def write_shard(folder: Path, shard: Shard, info: CacheInfo, rows: list[dict[str
     """Write a whole shard, or, if killed, none of it."""
     assert len(rows) == shard.stop - shard.start, "a row a picture"
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({KEY: info.to_bytes()}))
-    temporary = folder / f".{shard.name}.tmp"
+    # of a name of its own: a killed run may have left a process that still writes the same shard
+    temporary = folder / f".{shard.name}.{uuid.uuid4().hex[:8]}.tmp"
     pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
     os.replace(temporary, folder / shard.name)
 
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what a killed process has left of its shard."""
-    for path in folder.glob(".*.parquet.tmp"):
-        path.unlink()
+    for path in folder.glob(".*.parquet*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def found_shards(folder: Path) -> dict[str, Path]:

@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,38 +86,44 @@ class Latents(FileCorpus):
         path: the folder of the shards; `~` and environment variables are expanded.
         name: in metrics; None = that of the corpus encoded.
 
-    Raises:
-        ValueError: no cache there, or a part of one; says which shards are missing.
+    Nothing is read before a run asks what it holds: predictions need no corpus.
     """
 
     def __init__(self, path: str, name: str | None = None) -> None:
+        super().__init__(path, None, 0.0, name)
         self.folder = Path(os.path.abspath(os.path.expandvars(os.path.expanduser(path))))
+
+    @cached_property
+    def info(self) -> CacheInfo:
+        """What the shards say of themselves; raises ValueError unless they are one whole cache."""
         found = found_shards(self.folder)
         if not found:
             raise ValueError(
-                f"{path!r} holds no shard of a latent cache (looked in {self.folder}): give the folder `latents` of "
-                "the run folder that `tfusion predict --config configs/encode.yaml` wrote"
+                f"{self.path!r} holds no shard of a latent cache (looked in {self.folder}): give the folder `latents` "
+                "of the run folder that `tfusion predict --config configs/encode.yaml` wrote"
             )
-        self.info = read_info(next(iter(found.values())))
-        super().__init__(path, None, 0.0, name or self.info.corpus)
-        expected = {shard.name for shard in self.info.shards()}
+        info = read_info(next(iter(found.values())))
+        name, expected = self._name or info.corpus, {shard.name for shard in info.shards()}
         if missing := sorted(expected - found.keys()):
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise ValueError(
-                f"corpus {self.name!r}: {len(missing)} of {len(expected)} shards are missing in {str(self.folder)!r}: "
+                f"corpus {name!r}: {len(missing)} of {len(expected)} shards are missing in {str(self.folder)!r}: "
                 f"{', '.join(missing[:5])}{more}; encode again into the same folder, which goes on where it stopped"
             )
         if others := sorted(found.keys() - expected):
             raise ValueError(
-                f"corpus {self.name!r}: {others[0]} in {str(self.folder)!r} is of another cache than "
+                f"corpus {name!r}: {others[0]} in {str(self.folder)!r} is of another cache than "
                 f"{next(iter(found))}: remove one of them"
             )
+        return info
 
+    name = property(lambda self: self._name or self.info.corpus)
     image_size = property(lambda self: self.info.image_size)
     latent_shape = property(lambda self: self.info.latent_shape)
     fingerprint = property(lambda self: self.info.fingerprint)
     codebook_size = property(lambda self: self.info.codebook_size)
-    attribution = property(lambda self: self.info.attribution)
+    # predictions show none of its pictures where it is not
+    attribution = property(lambda self: self.info.attribution if self.folder.is_dir() else "")
     scenes = property(lambda self: self.info.scenes)
 
     def load(self, split: Split) -> Sequence[CaptionedImage]:

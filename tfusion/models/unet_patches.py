@@ -1,10 +1,11 @@
 """U-Net patch adapters: the way down before the trunk, the way up after it (Transfusion §3; 0.27B in §4.1).
 
-The paper tells little of their insides, so they are those of Dhariwal & Nichol 2021 (arXiv 2105.05233), which it
-cites, with plain norms: the timestep's embedding is added within each residual block, never a norm's scale (paper,
-footnote 7). Each halving of the resolution doubles the channels, up to `channels` where one position is one patch;
-there every residual block is followed by attention between all patches, whatever the trunk's mask. So the parameters
-hardly depend on the patch side. What each block of the way down gives, the block of the way up beside it sees too.
+The paper tells little of their insides, so they are those of Dhariwal & Nichol 2021 (arXiv 2105.05233), which it cites,
+with plain norms: the timestep's embedding is added within each residual block, never a norm's scale (paper, footnote
+7). Each halving of the resolution doubles the channels, up to `channels` where one position is one patch; there every
+residual block is followed by attention between all patches, whatever the trunk's mask. So the parameters depend little
+on the patch side (at D = 1536 from 212M, k = 1, to 293M, k = 8). What each block of the way down gives, the block of
+the way up beside it sees too.
 
 Legend: I images, C, h, w latent channels and size, k patch side, P = (h / k) (w / k) patches, D width, E width of the
 timestep's embedding, c, y, x channels and size at one resolution.

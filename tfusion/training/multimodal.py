@@ -186,7 +186,7 @@ class MultimodalModule(TrainedModule):
         self._check_guidance(requests, numbers)
 
     def _check_guidance(self, requests: Sequence[Request], numbers: list[int] | None) -> None:
-        """Refuse guidance away from a prediction without the caption that training has never shown."""
+        """Refuse guidance where training has dropped no caption: the prediction without one may mean nothing."""
         if self.caption_drop != 0 or not self.predicts_images:
             return
         for number, request in zip(numbers or range(len(requests)), requests, strict=True):
@@ -194,9 +194,10 @@ class MultimodalModule(TrainedModule):
             if request.generate != "text" and scale != 1:
                 raise ValueError(
                     f"request {number} has guidance_scale {scale}, but training with data.caption_drop 0, or with "
-                    "data.caption_first 0, shows no picture without its caption, which guidance leads away from: set "
-                    "guidance_scale to 1 (of the request, or generation.guidance_scale of the model), or train with "
-                    "data.caption_first 0.8 and data.caption_drop 0.1"
+                    "data.caption_first 0, leaves out no caption in front of a picture, and pictures without one are "
+                    "what guidance leads away from: set guidance_scale to 1 (of the request, or "
+                    "generation.guidance_scale of the model), or train with data.caption_first 0.8 and "
+                    "data.caption_drop 0.1"
                 )
 
     def hold_generation_model(self, text: bool = True) -> None:

@@ -113,6 +113,11 @@ class TransfusionModule(MultimodalModule):
 
     def check_data(self, data: Any) -> None:
         """Refuse data that leave nothing to learn."""
+        if not self.predicts_text and (data.text_corpora or data.choices):
+            raise ValueError(
+                "got a model with predict_text false and data.text_corpora or data.choices: their text would fill rows "
+                "and have no loss; set both to null, as configs/diffusion_only.yaml"
+            )
         if not self.predicts_text and data.caption_first == 0 and data.image_first_noise_limit == 0:
             raise ValueError(
                 "got a model with predict_text false, data.caption_first 0 and data.image_first_noise_limit 0: no "

@@ -34,8 +34,8 @@ class InitFrom:
 
     Args:
         path: a run folder (its `last`), or a checkpoint; its averaged weights are taken where it has them.
-        new: parts that the checkpoint may lack, or hold in another shape; they start from random weights. A part is
-            a piece of a parameter's dotted name: `patch_encoder`, `transformer.blocks.5`, `q_norm`.
+        new: parts that the checkpoint may lack, or hold in another shape; where it does, they start from random
+            weights. A part is a piece of a parameter's dotted name: `patch_encoder`, `transformer.blocks.5`, `q_norm`.
         unused: parts of the checkpoint that the model may have no place for.
     """
 
