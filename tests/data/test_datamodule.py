@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -135,14 +136,22 @@ def test_slots_that_leave_rows_of_pictures_empty_are_refused(tiny_data, tiny_mod
         attached(tiny_data(text_corpora=[], max_images_per_row=2, image_share=0.5), tiny_module())
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.6])
+@pytest.mark.parametrize("long", [False, True])
 def test_slots_are_for_half_as_much_again_as_the_share_which_is_kept(
-    tiny_data, tiny_module, pictures, attached, share: float
+    tiny_data, tiny_module, pictures, attached, share: float, long: bool
 ) -> None:
-    data = attached(tiny_data(image_share=share), tiny_module())
-    captions = [[len(caption.encode()) for caption in picture.captions] for picture in pictures.load("train")]
-    mean = sum(max(lengths) + 4 + 4 for lengths in captions) / len(captions)  # 4 patches; BOS, BOI, EOI, EOS
-    assert data.mixture.shape.max_images == max(1, math.floor(1.5 * share * 64 / mean)) < 64 // (4 + 2)
+    """Also beside a few pictures with captions of another length."""
+    corpora, draws = [pictures], [picture.captions for picture in pictures.load("train")]
+    if long:
+        few = captioned("a caption that is quite long for a row", "and this is another one of the kind")
+        corpora.append(corpus("few", few, image_size=8))
+        draws += [picture.captions for picture in few]
+    data = attached(tiny_data(image_corpora=corpora, image_share=share), tiny_module())
+    mean = (
+        fmean(fmean(len(caption.encode()) for caption in captions) for captions in draws) + 8
+    )  # 4 patches; BOS ... EOS
+    assert data.mixture.shape.max_images == math.ceil(1.5 * share * 64 / mean) < 64 // (4 + 2)
     held_out = next(iter(data.val_dataloader()[data.val_views.index("tiles")]))  # rows of nothing but pictures
     assert len(held_out.image_valid) == data.val_rows * math.ceil(64 / mean)
     steps = iter(data.train_dataloader())
@@ -153,6 +162,19 @@ def test_slots_are_for_half_as_much_again_as_the_share_which_is_kept(
             with_picture = {int(ids[at]) for at in (batch.token_ids[row] == BOI_ID).nonzero().flatten().tolist()}
             of_images += sum(int((ids == document).sum()) for document in with_picture)
     assert of_images / (100 * 4 * 64) == pytest.approx(share, abs=0.01)
+
+
+def test_a_resume_keeps_its_image_slots(tiny_data, tiny_module, attached) -> None:
+    """They decide where rows end and which noise is drawn; checkpoints of before they were kept had as many as fit."""
+    module = tiny_module()
+    state = attached(tiny_data(), module).state_dict()
+    attached(tiny_data(), module).load_state_dict(state)
+    with pytest.raises(ValueError, match=f"max_images_per_row {state['max_images_per_row']}, this run has 9"):
+        attached(tiny_data(max_images_per_row=9), module).load_state_dict(state)
+    del state["max_images_per_row"]
+    with pytest.raises(ValueError, match="trained with max_images_per_row 10, this run has"):
+        attached(tiny_data(), module).load_state_dict(state)
+    attached(tiny_data(max_images_per_row=10), module).load_state_dict(state)
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -15,9 +15,13 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from tests.conftest import TINY_AUTOENCODER
+from tfusion.models.autoencoder import KLAutoencoder
 from tfusion.tokenizers import ImageTokenizer, PixelTokenizer, VAETokenizer, VQTokenizer
-from tfusion.tokenizers.autoencoder_folder import fingerprint_of
+from tfusion.tokenizers.autoencoder_folder import fingerprint_of, weight_files
+from tfusion.training.autoencoder_export import export
 
+TINY_KL = {"image_size": 8, "base_channels": 8, "channel_multipliers": (1, 2), "layers_per_block": 1}
+TINY_KL |= {"latent_channels": 3, "attention": False, "norm_num_groups": 4, "vocab_size": 261, "max_seq_len": 64}
 CONFIG = TINY_AUTOENCODER | {"shift_factor": 0.3}
 
 
@@ -203,59 +207,77 @@ def test_the_fingerprint_is_of_what_latents_mean(folder: str, tmp_path: Path) ->
     assert VAETokenizer(str(tmp_path / "other")).fingerprint != first
 
 
-def test_all_of_a_tokenizer_is_of_one_place(folder: str, tmp_path: Path) -> None:
-    """The run that trains the autoencoder may put another in its place at any time."""
-    shutil.copytree(folder, tmp_path / "one")
-    shutil.copytree(folder, tmp_path / "other")
+@pytest.mark.parametrize("exports", [1, 2])
+def test_an_autoencoder_that_changes_meanwhile_is_refused(tmp_path: Path, exports: int) -> None:
+    """By the run that trains it, which swaps two folders: statistics, weights and fingerprint would be of several."""
+    models = [KLAutoencoder(**TINY_KL).materialize("cpu", seed) for seed in range(4)]
+    export(models[0], tmp_path / "ae", ([0.0] * 3, [1.0] * 3))
+    untouched, named, unread = (VAETokenizer(str(tmp_path / "ae")) for _ in range(3))
+    first = named.fingerprint
+    untouched.to("cpu")
+    for n in range(exports):
+        export(models[1 + n], tmp_path / "ae", ([0.0] * 3, [1.0] * 3))  # weights alone
+    with pytest.raises(ValueError, match=r"autoencoder '.*/ae' has changed since this command began: wait until"):
+        named.to("cpu")
+    assert (
+        untouched.fingerprint == first != unread.to("cpu").fingerprint == VAETokenizer(str(tmp_path / "ae")).fingerprint
+    )
+    before = VAETokenizer(str(tmp_path / "ae"))
+    export(models[3], tmp_path / "ae", ([0.5] * 3, [1.0] * 3))  # and its statistics, which are read first
+    with pytest.raises(ValueError, match="has changed since this command began"):
+        before.encode(_images())
+
+
+def test_fingerprints_are_of_the_files_that_are_read(folder: str, tmp_path: Path) -> None:
+    """As diffusers chooses: parts that an index names, else a whole file, else a pickled one."""
     autoencoder = AutoencoderKL.from_pretrained(folder)
-    with torch.no_grad():
-        autoencoder.quant_conv.weight.mul_(2)
-    autoencoder.save_pretrained(tmp_path / "other")
-    link = tmp_path / "autoencoder"
-    link.symlink_to("one")
-    tokenizer = VAETokenizer(str(link))
-    link.unlink()
-    link.symlink_to("other")
-    assert not torch.equal(VAETokenizer(str(link)).encode(_images()), VAETokenizer(folder).encode(_images()))
-    assert torch.equal(tokenizer.encode(_images()), VAETokenizer(folder).encode(_images()))
-    shutil.rmtree(tmp_path / "one")
-    assert tokenizer.fingerprint == VAETokenizer(folder).fingerprint != VAETokenizer(str(link)).fingerprint
+    autoencoder.save_pretrained(tmp_path / "parts", max_shard_size="4KB")
+    parts = weight_files(tmp_path / "parts")
+    assert len(parts) > 1 and parts == sorted((tmp_path / "parts").glob("*-of-*.safetensors"))
+    autoencoder.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    [pickled] = weight_files(tmp_path / "pickled")
+    assert pickled.name == "diffusion_pytorch_model.bin"
+    expected = VAETokenizer(folder).encode(_images())
+    for name, read in (("parts", parts), ("pickled", [pickled])):
+        path = tmp_path / name
+        first = VAETokenizer(str(path)).fingerprint
+        decoys = ["diffusion_pytorch_model.fp16.safetensors", "other.safetensors"]
+        decoys += ["diffusion_pytorch_model-00001-of-00009.safetensors"]
+        decoys += ["diffusion_pytorch_model.bin"] if name == "parts" else []
+        for decoy in decoys:
+            (path / decoy).write_bytes(b"no weights at all")
+        assert VAETokenizer(str(path)).fingerprint == first
+        assert torch.equal(VAETokenizer(str(path)).encode(_images()), expected)
+        for file in read:
+            whole = file.read_bytes()
+            file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            assert VAETokenizer(str(path)).fingerprint != first
+            file.write_bytes(whole)
 
 
 def test_fingerprints_of_hub_and_clone_are_equal(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the files that `from_pretrained` reads, whatever lies beside them; also where there is only a `.bin`."""
-    weights = Path(folder, "diffusion_pytorch_model.safetensors").read_bytes()
-    repositories = {
-        "plain": {"diffusion_pytorch_model.safetensors": weights},
-        "rich": {
-            "diffusion_pytorch_model.safetensors": weights,
-            "diffusion_pytorch_model.fp16.safetensors": b"half",
-            "other_vae.safetensors": b"other",
-            "diffusion_pytorch_model.bin": b"pickled",
-        },
-        "old": {"diffusion_pytorch_model.bin": b"pickled"},
-        "older": {"diffusion_pytorch_model.bin": b"pickled otherwise"},
-        "parts": {f"diffusion_pytorch_model-0000{n}-of-00002.safetensors": b"%d" % n for n in (1, 2)},
-    }
+    """What is downloaded is what is read, whatever lies beside it; also where there is only a `.bin`."""
+    autoencoder = AutoencoderKL.from_pretrained(folder)
+    autoencoder.save_pretrained(tmp_path / "whole")
+    autoencoder.save_pretrained(tmp_path / "parts", max_shard_size="4KB")
+    autoencoder.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "rich")
+    for decoy in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors", "other.safetensors"):
+        (tmp_path / "rich" / decoy).write_bytes(b"else")
 
     def download(name: str, allow_patterns: list[str]) -> str:
         snapshot = tmp_path / "cache" / name / "vae"
         snapshot.mkdir(parents=True, exist_ok=True)
-        for file, content in repositories[name].items():
-            if any(fnmatch.fnmatch(f"vae/{file}", pattern) for pattern in allow_patterns):
-                (snapshot / file).write_bytes(content)
+        for file in (tmp_path / name).iterdir():
+            if any(fnmatch.fnmatch(f"vae/{file.name}", pattern) for pattern in allow_patterns):
+                shutil.copy(file, snapshot)
         return str(snapshot.parent)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    found = {}
-    for name, files in repositories.items():
-        (tmp_path / name).mkdir()
-        for file, content in files.items():
-            (tmp_path / name / file).write_bytes(content)
-        found[name] = fingerprint_of(name, "vae", {"scaling_factor": 1.0})
-        assert fingerprint_of(str(tmp_path / name), None, {"scaling_factor": 1.0}) == found[name]
-    assert found["rich"] == found["plain"]
-    assert len(set(found.values())) == 4
+    found = {name: fingerprint_of(name, "vae", {"x": 1}) for name in ("whole", "parts", "pickled", "rich")}
+    for name, fingerprint in found.items():
+        assert fingerprint_of(str(tmp_path / name), None, {"x": 1}) == fingerprint
+    assert found["rich"] == found["whole"] and len(set(found.values())) == 3
 
 
 def test_a_later_diffusers_with_more_arguments_keeps_fingerprints(
@@ -306,7 +328,7 @@ def test_vq_is_an_image_tokenizer(vq_folder: str) -> None:
     tokenizer, images = VQTokenizer(vq_folder), _images()
     assert isinstance(tokenizer, ImageTokenizer)
     assert (tokenizer.codebook_size, tokenizer.factor) == (300, 2)
-    assert VQTokenizer(vq_folder, dtype="bfloat16").fingerprint == f"{tokenizer.fingerprint}-bfloat16"  # other ids
+    assert tokenizer.fingerprint == VQTokenizer(vq_folder, dtype="bfloat16").fingerprint
     ids = tokenizer.encode(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tokenizer.encode(images), ids)

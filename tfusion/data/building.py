@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, Protocol
 
 from tfusion.data.bad_records import BadRecords
@@ -140,8 +141,9 @@ def drop_long_captions(
 
 def fit_rows(
     shape: RowShape,
-    pictures: Sequence[CaptionedImage],
+    pictures: Concatenated,
     tokenizer: TextTokenizer,
+    weights: Sequence[float] | None,
     image_share: float,
     alone: bool,
     given: bool,
@@ -151,26 +153,31 @@ def fit_rows(
     Every slot costs an encoder and an adapter, full or empty. Where their number is not `given`, it is in training half
     as many again as the share of images takes on average, for streams to catch up behind long texts; in validation,
     whose rows hold one kind of document, as many as fit on average. Where pictures are `alone`, as many as can fit at
-    all, for then text does not fill the rest of a row.
+    all, for then text does not fill the rest of a row. Averages are of captions and corpora as training takes them
+    (`weights`; None = by their sizes), over the first pictures of each.
 
     Raises:
         ValueError: one of the first thousand image documents fits no row, or fewer slots than fit can hold the share.
     """
-    first = first_captions(pictures, 1000)
-    longest = [max(map(len, tokenizer.encode_batch(captions))) for captions in first]
-    lengths = [length + shape.num_patches + 4 for length in longest]  # BOS, BOI, EOI, EOS
-    if max(lengths) > shape.seq_len:
+    lengths: list[list[list[int]]] = []  # of each caption of each picture of each corpus
+    for part in pictures.parts:
+        first = first_captions(part, 1000 // len(pictures.parts))
+        lengths.append([list(map(len, tokenizer.encode_batch(captions))) for captions in first])
+    around = shape.num_patches + 4  # BOS, BOI, EOI, EOS
+    longest = around + max(max(of_picture) for part in lengths for of_picture in part)
+    if longest > shape.seq_len:
         raise ValueError(
-            f"an image document takes {max(lengths)} positions, data.seq_len is {shape.seq_len}: "
-            f"raise it to at least {max(lengths)}, or take larger patches"
+            f"an image document takes {longest} positions, data.seq_len is {shape.seq_len}: "
+            f"raise it to at least {longest}, or take larger patches"
         )
-    mean, most = sum(lengths) / len(lengths), most_images(shape.seq_len, shape.num_patches)
+    means = [fmean(fmean(of_picture) for of_picture in part) for part in lengths]
+    mean = around + fmean(means, weights or list(map(len, pictures.parts)))
+    most = most_images(shape.seq_len, shape.num_patches)
     validation = shape
     if not given and not alone:
         fitting = shape.seq_len / mean
-        taken = max(math.ceil(image_share * fitting), int(1.5 * image_share * fitting))
         validation = dataclasses.replace(shape, max_images=min(most, math.ceil(fitting)))
-        shape = dataclasses.replace(shape, max_images=min(most, taken))
+        shape = dataclasses.replace(shape, max_images=min(most, math.ceil(1.5 * image_share * fitting)))
     if shape.max_images < most and shape.max_images * mean / shape.seq_len < 0.9 * image_share:
         lower = "" if alone else ", or lower the latter"
         raise ValueError(

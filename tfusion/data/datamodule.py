@@ -20,6 +20,7 @@ from tfusion.data.building import (
     fit_rows,
     load_texts,
     make_tokenizer,
+    most_images,
 )
 from tfusion.data.checks import check_settings, check_together, row_for
 from tfusion.data.choices import ChoiceDocument, ChoiceRows, choice_documents, read_choices
@@ -217,7 +218,8 @@ class MultimodalDataModule(L.LightningDataModule):
             if self.reads_captions:
                 pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
                 given = self.max_images_per_row is not None
-                shape, self.val_shape = fit_rows(shape, pictures, self.tokenizer, share, not texts, given)
+                of_rows = (pictures, self.tokenizer, self.image_weights, share, not texts, given)
+                shape, self.val_shape = fit_rows(shape, *of_rows)
             chances = (*order, self.image_first_noise_limit)
             images = CaptionedDocuments(pictures, self.tokenizer, self.seed, *chances, self.image_weights)
         piece_bytes = max(2048, 4 * self.seq_len)
@@ -327,8 +329,10 @@ class MultimodalDataModule(L.LightningDataModule):
         if self.layout is None:
             self.tokenizer = self.trainer.lightning_module.text_tokenizer  # ids mean what the weights have learned
             return  # validate and predict read no training data
+        shape = self.mixture.shape
+        older = {"max_images_per_row": most_images(shape.seq_len, shape.num_patches) if shape.max_images else 0}
         for name, here in self._identity().items():
-            there = state.get(name)
+            there = state.get(name, older.get(name))
             if there != here:
                 raise ValueError(
                     f"the checkpoint was trained with {name} {there!r}, this run has {here!r}: an exact resume "
@@ -345,6 +349,7 @@ class MultimodalDataModule(L.LightningDataModule):
             "rows_per_step": self.rows_per_step,
             "lanes": self.lanes,
             "image_share": self.image_share,
+            "max_images_per_row": mixture.shape.max_images if mixture else 0,
             "num_texts": len(mixture.texts) if mixture and mixture.texts else 0,
             "num_pictures": len(mixture.images.pictures) if mixture and mixture.images else 0,
             "weights": [self.image_weights, self.text_weights],

@@ -122,8 +122,15 @@ class Latents(FileCorpus):
     latent_shape = property(lambda self: self.info.latent_shape)
     fingerprint = property(lambda self: self.info.fingerprint)
     codebook_size = property(lambda self: self.info.codebook_size)
-    # predictions show none of its pictures where it is not
-    attribution = property(lambda self: self.info.attribution if self.folder.is_dir() else "")
+
+    @property
+    def attribution(self) -> str:
+        """Of the corpus encoded; empty where the cache is not there, for predictions show none of its pictures."""
+        try:
+            return self.info.attribution
+        except ValueError:
+            return ""
+
     scenes = property(lambda self: self.info.scenes)
 
     def load(self, split: Split) -> Sequence[CaptionedImage]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+WHOLE = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+PARTS, INDEX = "diffusion_pytorch_model-*-of-*.safetensors", "diffusion_pytorch_model.safetensors.index.json"
 TOKENIZERS = {"AutoencoderKL": "VAETokenizer", "VQModel": "VQTokenizer"}  # by the kind that they read
 
 
@@ -76,12 +78,10 @@ def fingerprint_of(path: str, subfolder: str | None, config: dict[str, Any]) -> 
 
 def weight_files(folder: Path) -> list[Path]:
     """What `from_pretrained` reads of a folder, which may hold other precisions and formats of the same beside it."""
-    for ending in ("safetensors", "bin"):
-        whole = folder / f"diffusion_pytorch_model.{ending}"
-        parts = sorted(folder.glob(f"diffusion_pytorch_model-*-of-*.{ending}"))
-        if whole.is_file() or parts:
-            return [whole] if whole.is_file() else parts
-    return []
+    index = folder / INDEX
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [folder / name for name in WHOLE if (folder / name).is_file()][:1]
 
 
 def _downloaded(name: str, subfolder: str | None) -> Path:
@@ -89,10 +89,9 @@ def _downloaded(name: str, subfolder: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     folder = Path()
-    for ending in ("safetensors", "bin"):
-        prefix = f"{subfolder}/" if subfolder else ""
-        names = (f"diffusion_pytorch_model.{ending}", f"diffusion_pytorch_model-*-of-*.{ending}")
-        folder = Path(snapshot_download(name, allow_patterns=[prefix + one for one in names]), subfolder or "")
+    for patterns in ([INDEX, WHOLE[0], PARTS], [WHOLE[1]]):  # in the order in which they are looked for
+        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
+        folder = Path(snapshot_download(name, allow_patterns=patterns), subfolder or "")
         if weight_files(folder):
             break
     return folder
@@ -112,6 +111,6 @@ def _check_folder(folder: Path, kind: str) -> None:
         )
     if not weight_files(folder):
         raise ValueError(
-            f"{str(folder)!r} has a config.json but no weights: expected diffusion_pytorch_model.safetensors or .bin, "
-            "or parts of it"
+            f"{str(folder)!r} has a config.json but no weights: expected {WHOLE[0]}, or its parts and {INDEX}, or "
+            f"{WHOLE[1]}"
         )

@@ -100,9 +100,7 @@ class AutoencoderTokenizer(ImageTokenizer):
             raise ValueError(f"got chunk_size {chunk_size}, expected at least 1 image")
         self.path, self.subfolder, self.chunk_size = path, subfolder, chunk_size
         self.dtype = getattr(torch, dtype)
-        # a run that still trains its autoencoder moves the link: all of this one is of one place
-        self._place = os.path.realpath(path) if os.path.exists(path) else path
-        self.config, self._said = load_config(self._place, subfolder, self.kind)  # of the network; of config.json
+        self.config, self._said = load_config(path, subfolder, self.kind)  # of the network; of config.json
         self.factor = 2 ** (len(self.config["block_out_channels"]) - 1)  # pixels a latent position, each side
         self._network: Any = None
         self._device: torch.device | None = None
@@ -122,8 +120,10 @@ class AutoencoderTokenizer(ImageTokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of config.json and of the weights' bytes; not of `dtype`, which only rounds. Reads the weights once."""
-        return fingerprint_of(self._place, self.subfolder, self._said)
+        """Of config.json and of the weights' bytes. Not of `dtype`, which only rounds: rounded weights may find other
+        ids of a picture, but ids mean the same. Reads the weights once.
+        """
+        return fingerprint_of(self.path, self.subfolder, self._said)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, image_size / factor, image_size / factor); an error names the nearest sizes that fit."""
@@ -137,13 +137,27 @@ class AutoencoderTokenizer(ImageTokenizer):
         return self.channels, image_size // self.factor, image_size // self.factor
 
     def to(self, device: torch.device | str) -> Self:
-        """Load the weights if need be, and take their fingerprint, while they are there; move them."""
+        """Load the weights if need be, and move them.
+
+        Raises:
+            ValueError: the autoencoder is no longer the one that was checked, as where it is still being trained.
+        """
         if self._network is None:
-            self._network = load_frozen(self._place, self.subfolder, self.kind, self.dtype)
-            _ = self.fingerprint
+            self._network = load_frozen(self.path, self.subfolder, self.kind, self.dtype)
+            self._check_unchanged()
         self._network.to(device)
         self._device = torch.device(device)
         return self
+
+    def _check_unchanged(self) -> None:
+        """Config, weights and fingerprint are of one autoencoder: the checkpoint will name it."""
+        before = self.__dict__.pop("fingerprint", None)
+        said = load_config(self.path, self.subfolder, self.kind)[1] if os.path.exists(self.path) else self._said
+        if said != self._said or (before or self.fingerprint) != self.fingerprint:
+            raise ValueError(
+                f"the autoencoder {self.path!r} has changed since this command began: wait until the run that trains "
+                "it has ended, then start again"
+            )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -222,12 +236,6 @@ class VQTokenizer(AutoencoderTokenizer):
     """
 
     kind, channels = "VQModel", 1
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """As of latents; rounded weights find other codes, so of `dtype`, too, where that is not float32."""
-        found = super().fingerprint
-        return found if self.dtype == torch.float32 else f"{found}-{str(self.dtype).removeprefix('torch.')}"
 
     @property
     def codebook_size(self) -> int:

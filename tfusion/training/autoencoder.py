@@ -128,17 +128,23 @@ class AutoencoderModule(TrainedModule):
 
     def _check_export(self) -> None:
         """Refuse to train past the last validation: the folder would hold older weights, or not be there."""
-        steps, batches = self.trainer.max_steps, self.trainer.val_check_interval
-        if self.trainer.limit_val_batches == 0:
-            log.warning("trainer.limit_val_batches is 0: no autoencoder will be written, which validation does")
-        elif isinstance(batches, int) and steps * self.trainer.accumulate_grad_batches % batches:
-            last = steps * self.trainer.accumulate_grad_batches // batches * batches
-            held = f"hold the weights of micro-batch {last}" if last else "never be written"
+        steps, batches = self.trainer.max_steps, getattr(self.trainer, "val_check_interval", None)
+        if steps < 1 or not isinstance(batches, int) or self.trainer.limit_val_batches == 0:
+            return
+        if (total := steps * self.trainer.accumulate_grad_batches) % batches:
+            held = (
+                f"hold the weights of micro-batch {total - total % batches}" if total > batches else "never be written"
+            )
             raise ValueError(
                 f"trainer.max_steps {steps} of {self.trainer.accumulate_grad_batches} micro-batches is no multiple of "
                 f"trainer.val_check_interval {batches} (in micro-batches): the autoencoder, which validation writes, "
                 f"would {held}; change either"
             )
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.trainer.limit_val_batches == 0:
+            log.warning("trainer.limit_val_batches is 0: no autoencoder will be written, which validation does")
 
     def setup(self, stage: str) -> None:
         """Refuse weights in shards."""
