@@ -176,6 +176,8 @@ def test_wrong_folders_are_refused(folder: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"no/such-vae.*give a folder"):
         VAETokenizer("no/such-vae")
+    with pytest.raises(ValueError, match="no image autoencoder at 'runs/none/autoencoder' .*or train one first"):
+        VAETokenizer("runs/none/autoencoder")
     for wrong in ({"dtype": "int8"}, {"chunk_size": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VAETokenizer(folder, **wrong)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tfusion.callbacks.ema import EMA
 from tfusion.requests import GenerationConfig
 from tfusion.tokenizers import VAETokenizer
 from tfusion.training.optim import adamw
+from tfusion.training.trainer_settings import check_validation_interval
 
 
 @pytest.fixture
@@ -215,3 +218,24 @@ def test_losses_that_would_not_teach_are_refused(tiny_module, tiny_data, tiny_tr
         tiny_trainer(1).fit(tiny_module(predict_text=False), data)
     with pytest.raises(ValueError, match="predict_text false and data.text_corpora .* have no loss; set both to null"):
         tiny_trainer(1).fit(tiny_module(predict_text=False), tiny_data())
+
+
+def test_a_resume_past_the_last_step_says_that_nothing_is_trained(
+    tiny_module, tiny_data, tiny_trainer, tmp_path, caplog
+):
+    trainer = tiny_trainer(3)
+    trainer.fit(tiny_module(), tiny_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for steps in (4, 3, 2):
+        assert "nothing is trained" not in caplog.text
+        fresh = tiny_trainer(steps)
+        fresh.fit(tiny_module(), tiny_data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert "the checkpoint is of step 3, past trainer.max_steps 2: nothing is trained" in caplog.text
+
+
+def test_an_interval_that_no_run_reaches_is_said(caplog):
+    settings = {"limit_val_batches": 1.0, "val_check_interval": 8, "accumulate_grad_batches": 2}
+    for steps in (4, -1, 3):
+        assert "nothing is validated" not in caplog.text
+        check_validation_interval(SimpleNamespace(max_steps=steps, **settings))
+    assert "val_check_interval 8 is more than the 6 micro-batches of this run" in caplog.text

@@ -29,6 +29,11 @@ def load_config(path: str, subfolder: str | None, kind: str) -> tuple[dict[str, 
     folder = Path(path, subfolder or "")
     if Path(path).exists():
         _check_folder(folder, kind)
+    elif path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):  # the hub's names are owner/name
+        raise ValueError(
+            f"there is no image autoencoder at {path!r} (looked in {Path(path).absolute()}): give a folder that "
+            f"{kind}.save_pretrained wrote, or train one first (tfusion fit --config configs/autoencoder.yaml)"
+        )
     try:
         config = network.load_config(path, subfolder=subfolder)
     except (OSError, ValueError) as error:

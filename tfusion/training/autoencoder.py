@@ -132,13 +132,12 @@ class AutoencoderModule(TrainedModule):
         if steps < 1 or not isinstance(batches, int) or self.trainer.limit_val_batches == 0:
             return
         if (total := steps * self.trainer.accumulate_grad_batches) % batches:
-            held = (
-                f"hold the weights of micro-batch {total - total % batches}" if total > batches else "never be written"
-            )
+            last = total - total % batches
+            held = f"be that of {last} of {total}" if last else "never be written"
             raise ValueError(
-                f"trainer.max_steps {steps} of {self.trainer.accumulate_grad_batches} micro-batches is no multiple of "
+                f"trainer.max_steps {steps} (x {self.trainer.accumulate_grad_batches} micro-batches) is no multiple of "
                 f"trainer.val_check_interval {batches} (in micro-batches): the autoencoder, which validation writes, "
-                f"would {held}; change either"
+                f"would {held}; set the interval to {total}, or a divisor of it"
             )
 
     def on_train_start(self) -> None:

@@ -101,8 +101,9 @@ class AutoencoderValidation:
             losses.append(sum(weights[name] * value for name, value in means.items()))
             found = self.reconstruction[corpus].compute()
             metrics |= {f"val/{corpus}/{name}": found[name] for name in ("psnr", "ssim")}
-            frechet = measurements_of(self.distances[corpus], self.network, f"val/{corpus}/")[0]
-            metrics[frechet.name] = frechet.value
+            if found["images"] >= 2:  # of fewer there is no distance
+                frechet = measurements_of(self.distances[corpus], self.network, f"val/{corpus}/")[0]
+                metrics[frechet.name] = frechet.value
         metrics["val/loss"] = sum(losses) / max(len(losses), 1)
         if self.use.numel():
             self.use = _summed(self.use)

@@ -284,6 +284,12 @@ class TrainedModule(L.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
             number_optimizer_state(checkpoint, self._optimizer_names())
+            if checkpoint["global_step"] > self.trainer.max_steps > 0:
+                log.warning(
+                    "the checkpoint is of step %d, past trainer.max_steps %d: nothing is trained (config.yaml is of "
+                    "the first fit: give --trainer.max_steps again)",
+                    *(checkpoint["global_step"], self.trainer.max_steps),
+                )
 
     def _optimizer_names(self) -> list[list[str]]:
         return parameter_names(self, parameter_groups(self.model, self.weight_decay))

@@ -100,3 +100,9 @@ def check_validation_interval(config: Any) -> None:
             "Lightning counts micro-batches, so it would validate in the middle of an optimizer step; "
             f"expected a multiple, such as {nearest}"
         )
+    if 0 < (micro_batches := config.max_steps * accumulate) < interval:
+        log.warning(
+            "trainer.val_check_interval %d is more than the %d micro-batches of this run: nothing is validated, and "
+            "there will be no best.ckpt; set it to %d to validate at the end",
+            *(interval, micro_batches, micro_batches),
+        )
