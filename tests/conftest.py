@@ -39,6 +39,14 @@ TINY_AUTOENCODER = {  # of diffusers' AutoencoderKL
 NAMES = ("red", "lime", "blue", "yellow", "cyan", "pink", "white", "black", "olive", "teal", "brown")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers (`-n`) share the cores, and so do the processes that their tests start."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
 def picture(number: int) -> CaptionedImage:
     """Two flat colours, different for every number, with a short and a longer caption."""
     draws = torch.Generator().manual_seed(number)

@@ -55,7 +55,7 @@ def command(start: str) -> str:
 def test_set_up_commands():
     set_up = "python3 -m venv .venv && .venv/bin/pip install -e"
     assert f"{set_up} . && .venv/bin/tfusion fit --config configs/quickstart.yaml" in COMMANDS
-    assert f"{set_up} '.[dev]' && .venv/bin/pytest" in COMMANDS
+    assert f"{set_up} '.[dev]' && .venv/bin/pytest -n auto" in COMMANDS
 
 
 @pytest.mark.slow
