@@ -155,6 +155,11 @@ def test_captions_longer_than_a_row_count_too(tmp_path: Path, attached, tiny_mod
     corpus = ImageFiles(path, 8, val_share=0)
     data = attached(tiny_data(image_corpora=[corpus], text_corpora=[], max_bad_share=0.05), tiny_module())
     assert len(data.mixture.images.pictures) == 19
+    for n in range(20):
+        (tmp_path / "own" / f"{n:03}.txt").write_text("x" * 57)
+    settings = {"image_corpora": [ImageFiles(path, 8, val_share=0)], "text_corpora": [], "max_bad_share": 1.0}
+    with pytest.raises(ValueError, match="'own': no caption fits a row of data.seq_len 64: raise(?s:.*)57 tokens"):
+        attached(tiny_data(**settings), tiny_module())
 
 
 def test_a_summary_names_three_of_each_cause_and_the_file_all(tmp_path: Path) -> None:

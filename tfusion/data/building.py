@@ -125,7 +125,11 @@ def row_shape(
 def drop_long_captions(
     pictures: Concatenated, tokenizer: TextTokenizer, shape: RowShape, bad: BadRecords
 ) -> Concatenated:
-    """Without captions that fit no row, where a corpus can tell without reading its pictures."""
+    """Without captions that fit no row, where a corpus can tell without reading its pictures.
+
+    Raises:
+        ValueError: more of a corpus's records are bad then than `bad` allows, or all of them.
+    """
     most = shape.seq_len - shape.num_patches - 4  # BOS, BOI, EOI, EOS
     parts = []
     for part in pictures.parts:
@@ -134,44 +138,52 @@ def drop_long_captions(
                 most, lambda captions: list(map(len, tokenizer.encode_batch(captions)))
             )
             bad.add(records)
+            if not len(part):
+                raise ValueError(
+                    f"corpus {records[0].corpus!r}: no caption fits a row of data.seq_len {shape.seq_len}: "
+                    f"raise it, or take larger patches:\n{bad.summary(records[0].corpus)}"
+                )
         parts.append(part)
     bad.check()
     return Concatenated(parts)
 
 
-def fit_rows(
-    shape: RowShape,
-    pictures: Concatenated,
-    tokenizer: TextTokenizer,
-    weights: Sequence[float] | None,
-    image_share: float,
-    alone: bool,
-    given: bool,
-) -> tuple[RowShape, RowShape]:
+def mean_length(
+    pictures: Concatenated, tokenizer: TextTokenizer, shape: RowShape, weights: Sequence[float] | None
+) -> float:
+    """Positions of an image document on average, over the first pictures of each corpus.
+
+    Averages are of captions and corpora as training takes them (`weights`; None = by their sizes).
+
+    Raises:
+        ValueError: one of the first thousand documents fits no row.
+    """
+    around = shape.num_patches + 4  # BOS, BOI, EOI, EOS
+    means = []
+    for part in pictures.parts:
+        captions = first_captions(part, 1000 // len(pictures.parts))
+        lengths = [list(map(len, tokenizer.encode_batch(of_picture))) for of_picture in captions]
+        longest = around + max(map(max, lengths))
+        if longest > shape.seq_len:
+            raise ValueError(
+                f"an image document takes {longest} positions, data.seq_len is {shape.seq_len}: "
+                f"raise it to at least {longest}, or take larger patches"
+            )
+        means.append(fmean(map(fmean, lengths)))
+    return around + fmean(means, weights or list(map(len, pictures.parts)))
+
+
+def fit_rows(shape: RowShape, mean: float, image_share: float, alone: bool, given: bool) -> tuple[RowShape, RowShape]:
     """The rows of training and of validation, with image slots for what stands in them.
 
     Every slot costs an encoder and an adapter, full or empty. Where their number is not `given`, it is in training half
     as many again as the share of images takes on average, for streams to catch up behind long texts; in validation,
     whose rows hold one kind of document, as many as fit on average. Where pictures are `alone`, as many as can fit at
-    all, for then text does not fill the rest of a row. Averages are of captions and corpora as training takes them
-    (`weights`; None = by their sizes), over the first pictures of each.
+    all, for then text does not fill the rest of a row. `mean`: positions of an image document (`mean_length`).
 
     Raises:
-        ValueError: one of the first thousand image documents fits no row, or fewer slots than fit can hold the share.
+        ValueError: the slots given are fewer than fit, and too few for the share.
     """
-    lengths: list[list[list[int]]] = []  # of each caption of each picture of each corpus
-    for part in pictures.parts:
-        first = first_captions(part, 1000 // len(pictures.parts))
-        lengths.append([list(map(len, tokenizer.encode_batch(captions))) for captions in first])
-    around = shape.num_patches + 4  # BOS, BOI, EOI, EOS
-    longest = around + max(max(of_picture) for part in lengths for of_picture in part)
-    if longest > shape.seq_len:
-        raise ValueError(
-            f"an image document takes {longest} positions, data.seq_len is {shape.seq_len}: "
-            f"raise it to at least {longest}, or take larger patches"
-        )
-    means = [fmean(fmean(of_picture) for of_picture in part) for part in lengths]
-    mean = around + fmean(means, weights or list(map(len, pictures.parts)))
     most = most_images(shape.seq_len, shape.num_patches)
     validation = shape
     if not given and not alone:

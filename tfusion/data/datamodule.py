@@ -20,6 +20,7 @@ from tfusion.data.building import (
     fit_rows,
     load_texts,
     make_tokenizer,
+    mean_length,
     most_images,
 )
 from tfusion.data.checks import check_settings, check_together, row_for
@@ -218,8 +219,8 @@ class MultimodalDataModule(L.LightningDataModule):
             if self.reads_captions:
                 pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
                 given = self.max_images_per_row is not None
-                of_rows = (pictures, self.tokenizer, self.image_weights, share, not texts, given)
-                shape, self.val_shape = fit_rows(shape, *of_rows)
+                mean = mean_length(pictures, self.tokenizer, shape, self.image_weights)
+                shape, self.val_shape = fit_rows(shape, mean, share, not texts, given)
             chances = (*order, self.image_first_noise_limit)
             images = CaptionedDocuments(pictures, self.tokenizer, self.seed, *chances, self.image_weights)
         piece_bytes = max(2048, 4 * self.seq_len)
