@@ -163,6 +163,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fitted")
     code, output = tfusion(folder, "fit", "--config", str(write_config(folder)))
     assert code == 0, output
+    assert "measure it: tfusion validate --config run/config.yaml --ckpt_path last\n" in output
     return folder
 
 

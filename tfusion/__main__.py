@@ -160,6 +160,17 @@ class TfusionCLI(LightningCLI):
         if isinstance(self.model, TrainedModule) and self.model.ckpt_path is None:
             self.model.check_init_from()
 
+    def after_fit(self) -> None:
+        """Say where to look, and what comes next."""
+        if self.trainer.fast_dev_run:
+            return
+        root = Path(os.path.relpath(self.trainer.default_root_dir))
+        logging.getLogger("tfusion").info(
+            "step %d: %s has checkpoints/, samples/ and metrics.csv; measure it: tfusion validate --config %s "
+            "--ckpt_path last",
+            *(self.trainer.global_step, root, root / "config.yaml"),
+        )
+
     def _check_model(self) -> None:
         """Refuse a model that does not fit the data, the processes or the checkpoint."""
         self.datamodule.check_against(self.model, self.subcommand)

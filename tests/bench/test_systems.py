@@ -25,7 +25,7 @@ def recorded(monkeypatch):
     def record(args, log, threads):
         commands.append((args, threads))
         if "broken" in str(log):
-            log.write_text("loading\ntfusion: error: no cache\n\n")
+            log.write_text("loading\ntfusion: error: no cache\n(TFUSION_TRACEBACK=1 shows where)\n")
         return int("broken" in str(log))
 
     monkeypatch.setattr(systems, "call", record)

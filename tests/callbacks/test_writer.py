@@ -23,7 +23,7 @@ def _picture(number: int) -> Image.Image:
 
 
 REQUESTS = [
-    Request(("red heart",), "image", n=2),
+    Request(("red heart",), "image", n=2, seed=7),
     Request((_picture(100),), "text"),
     Request(("To be",), "any"),
 ]
@@ -37,13 +37,16 @@ def _samples(number: int) -> list[Generation]:
     return [Generation(2, 0, ("or", _picture(2), "not", _picture(3)))]
 
 
+HEART = {"seed": 7, "prompt": [{"text": "red heart"}]}
 LINES = [
-    {"request": 0, "sample": 0, "segments": [{"image": "000000-0-0.png"}]},
-    {"request": 0, "sample": 1, "segments": [{"image": "000000-1-0.png"}]},
-    {"request": 1, "sample": 0, "segments": [{"text": "caf\u00e9\n\u2028"}]},
+    {"request": 0, "sample": 0, **HEART, "segments": [{"image": "000000-0-0.png"}]},
+    {"request": 0, "sample": 1, **HEART, "segments": [{"image": "000000-1-0.png"}]},
+    {"request": 1, "sample": 0, "seed": 0, "prompt": [{"image": None}], "segments": [{"text": "caf\u00e9\n\u2028"}]},
     {
         "request": 2,
         "sample": 0,
+        "seed": 0,
+        "prompt": [{"text": "To be"}],
         "segments": [
             {"text": "or"},
             {"image": "000002-0-0.png"},

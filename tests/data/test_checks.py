@@ -82,7 +82,11 @@ def test_nothing_is_read_before_a_refusal(
     for model, corpus, message in (
         (own, Odd(), "got image_size 7, expected a multiple of 2"),
         (own | {"latent_shape": (5, 8, 8)}, Unread(), r"latents of \(5, 4, 4\), the model's latent_shape is \(5, 8, 8"),
-        (other, latents, "were made by the image tokenizer"),
+        (
+            other,
+            latents,
+            rf"by the image tokenizer '\w+' \(of '{autoencoder}'\), the model's is '\w+' \(of '.*/other'\)",
+        ),
         (own, ids, "'tiles' holds image ids, which a model of latents cannot read"),
     ):
         data = tiny_data(image_corpora=[corpus], text_corpora=[UnreadText()])

@@ -130,6 +130,7 @@ def test_shards(autoencoder: str, tmp_path: Path) -> None:
         "shard_size": 4,
         "attribution": "Tiles of nobody",
         "scenes": False,
+        "made_by": autoencoder,
         "version": 1,
     }
     keys = [[row["key"] for row in rows] for name, (_, rows) in written.items() if name.startswith("train")]

@@ -127,11 +127,17 @@ def run(system: System, seed: int, out: Path, configs: Path, threads: int, extra
         log = root / f"{name}.log"
         say(f"{label}: {name} (its output: {log})")
         if call(args, log, threads):
-            lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-            return failed(system, seed, f"{name}: {next((x for x in reversed(lines) if x.strip()), '')} (all: {log})")
+            return failed(system, seed, f"{name}: {last_words(log)} (all: {log})")
         (root / "fitted").touch()
     say(f"{label}: done")
     return read(system.name, seed, root)
+
+
+def last_words(log: Path) -> str:
+    """What a command said before it ended: its refusal, else its last line."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    said = [line for line in lines if line.strip()]
+    return next((line for line in reversed(said) if line.startswith("tfusion: error: ")), said[-1] if said else "")
 
 
 def failed(system: System, seed: int, why: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image as PILImage
 
 from tfusion.callbacks.sheets import attribution_of, draw_sheet
-from tfusion.requests import Generation
+from tfusion.requests import Generation, Request
 from tfusion.training.encoding import CorpusEncoder
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ class PredictionWriter(BasePredictionWriter):
     """Write each sample's pictures and its line; at the end merge the ranks' lines and draw `grid.png`.
 
     `predictions/` then holds `RRRRRR-S-K.png` (request, sample, number of the picture in the sample) and
-    `predictions.jsonl`, sorted: `{"request": 0, "sample": 0, "segments": [{"text": "..."}, {"image":
-    "000000-0-0.png"}]}`. `predictions.jsonl` appears when all is done; until then `predictions.rankK.jsonl`
-    grow. What an earlier run wrote there is removed at the start; other files are left alone. Expects
-    `predict_step` to return `list[Generation]`; `CorpusEncoder` writes for itself.
+    `predictions.jsonl`, sorted, a picture in the prompt as null: `{"request": 0, "sample": 0, "seed": 0, "prompt":
+    [{"text": "..."}], "segments": [{"text": "..."}, {"image": "000000-0-0.png"}]}`. It appears when all is done; until
+    then `predictions.rankK.jsonl` grow. What an earlier run wrote there is removed at the start; other files are left
+    alone. Expects `predict_step` to return `list[Generation]`; `CorpusEncoder` writes for itself.
     """
 
     def __init__(self) -> None:
@@ -63,9 +63,11 @@ class PredictionWriter(BasePredictionWriter):
         """Write a batch's samples; nothing is kept."""
         if isinstance(pl_module, CorpusEncoder):
             return
+        requests = trainer.datamodule.requests  # type: ignore[attr-defined]
         with self._rank_file(trainer).open("a", encoding="utf-8") as file:
             for generation in prediction:
-                file.write(json.dumps(_write_images(generation, _folder(trainer)), ensure_ascii=False) + "\n")
+                line = _write_images(generation, requests[generation.request], _folder(trainer))
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merge and draw, on rank 0."""
@@ -106,7 +108,7 @@ def _folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir, "predictions")
 
 
-def _write_images(generation: Generation, folder: Path) -> dict[str, Any]:
+def _write_images(generation: Generation, request: Request, folder: Path) -> dict[str, Any]:
     """Write the sample's pictures, return its line."""
     segments: list[dict[str, str]] = []
     images = 0
@@ -118,7 +120,9 @@ def _write_images(generation: Generation, folder: Path) -> dict[str, Any]:
         segment.save(folder / name, format="PNG")
         segments.append({"image": name})
         images += 1
-    return {"request": generation.request, "sample": generation.sample, "segments": segments}
+    prompt = [{"text": segment} if isinstance(segment, str) else {"image": None} for segment in request.segments]
+    made = {"request": generation.request, "sample": generation.sample, "seed": request.seed}
+    return made | {"prompt": prompt, "segments": segments}
 
 
 def _read(line: dict[str, Any], folder: Path) -> Generation:

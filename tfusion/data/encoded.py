@@ -7,6 +7,7 @@ from typing import Any
 
 from tfusion.data.corpora import ImageCorpus
 from tfusion.data.latents import Latents
+from tfusion.tokenizers.image import in_words
 
 
 def check_not_mixed(corpora: Sequence[ImageCorpus]) -> None:
@@ -33,11 +34,11 @@ def check_latents(corpora: Sequence[ImageCorpus], image_tokenizer: Any) -> bool:
             )
         if corpus.fingerprint != image_tokenizer.fingerprint:
             raise ValueError(
-                f"the latents of corpus {corpus.name!r} were made by the image tokenizer {corpus.fingerprint!r}, the "
-                f"model's image_tokenizer is {image_tokenizer.fingerprint!r}: give the model the autoencoder that made "
-                "them, or encode the corpus again with the model's into another folder (tfusion predict --config "
-                "configs/encode.yaml --model.init_args.image_tokenizer.init_args.path THE_MODELS "
-                "--trainer.default_root_dir runs/another)"
+                f"the latents of corpus {corpus.name!r} were made by the image tokenizer "
+                f"{in_words(corpus.fingerprint, corpus.info.made_by)}, the model's is {image_tokenizer}: give the "
+                "model the autoencoder that made them, or encode the corpus again with the model's into another "
+                "folder (tfusion predict --config configs/encode.yaml "
+                "--model.init_args.image_tokenizer.init_args.path THE_MODELS --trainer.default_root_dir runs/another)"
             )
         expected = tuple(image_tokenizer.latent_shape(corpus.image_size))
         if corpus.latent_shape != expected:

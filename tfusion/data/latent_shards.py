@@ -21,7 +21,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -90,6 +90,7 @@ class CacheInfo:
         shard_size: pictures a shard.
         attribution: what the corpus asks to be written where its pictures appear.
         scenes: the pictures are scenes of `tfusion.data.Shapes`, which can be read from pixels.
+        made_by: where the image tokenizer lay, for messages: two caches may differ in it.
         version: of the files.
     """
 
@@ -107,6 +108,7 @@ class CacheInfo:
     shard_size: int
     attribution: str = ""
     scenes: bool = False
+    made_by: str = field(default="", compare=False)
     version: int = VERSION
 
     def shards(self) -> list[Shard]:
@@ -124,8 +126,9 @@ class CacheInfo:
 
     def differences(self, other: CacheInfo) -> list[str]:
         """`name is 1, not 2`, of each thing that is not the same in another one."""
-        here, there = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{name} is {here[name]!r}, not {there[name]!r}" for name in here if here[name] != there[name]]
+        names = [one.name for one in dataclasses.fields(self) if one.compare]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return [f"{name} is {here!r}, not {there!r}" for name, here, there in pairs if here != there]
 
     def to_bytes(self) -> bytes:
         """JSON."""

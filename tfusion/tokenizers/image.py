@@ -23,6 +23,12 @@ from tfusion.tokenizers.autoencoder_folder import fingerprint_of, load_config, l
 class ImageTokenizer(ABC):
     """What turns images into the latents that are diffused, and back."""
 
+    path: str = ""  # where its weights lie, if there are any
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        return in_words(self.fingerprint, self.path)
+
     @property
     @abstractmethod
     def fingerprint(self) -> str:
@@ -43,6 +49,11 @@ class ImageTokenizer(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
         """Move the weights, if there are any; returns itself."""
+
+
+def in_words(fingerprint: str, path: str) -> str:
+    """An image tokenizer, as messages name it."""
+    return repr(fingerprint) + (f" (of {path!r})" if path else "")
 
 
 class PixelTokenizer(ImageTokenizer):

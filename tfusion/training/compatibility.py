@@ -61,15 +61,9 @@ def check_image_tokenizer(tokenizer: ImageTokenizer, found: str | None) -> None:
     if found is not None and found != tokenizer.fingerprint:
         raise ValueError(
             f"the checkpoint was trained with the image tokenizer {found!r}, the configured one is "
-            f"{description_of(tokenizer)}; the latents of one mean nothing to the other: give image_tokenizer the "
+            f"{tokenizer}; the latents of one mean nothing to the other: give image_tokenizer the "
             "autoencoder that the run was trained with"
         )
-
-
-def description_of(tokenizer: ImageTokenizer) -> str:
-    """Its fingerprint, and where it lies."""
-    path = getattr(tokenizer, "path", None)
-    return repr(tokenizer.fingerprint) + (f" (of {path!r})" if path else "")
 
 
 def architecture_of(model: Transfusion, process: NoiseProcess) -> dict[str, Any]:

@@ -133,6 +133,7 @@ class CorpusEncoder(L.LightningModule):
             shard_size=self.shard_size,
             attribution=getattr(corpus, "attribution", ""),
             scenes=getattr(corpus, "scenes", False),
+            made_by=self.image_tokenizer.path,
         )
 
     def own_shards(self) -> list[Shard]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tfusion.tokenizers import ImageTokenizer, TextTokenizer
-from tfusion.training.compatibility import UNSAID, description_of
+from tfusion.training.compatibility import UNSAID
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class WarmStart:
         if tokenizer is not None and found is not None and tokenizer.fingerprint != found:
             raise ValueError(
                 f"init_from: {self.path} was trained with the image tokenizer {found!r}, the configured one is "
-                f"{description_of(tokenizer)}; the latents of one mean nothing to the other: give image_tokenizer the "
+                f"{tokenizer}; the latents of one mean nothing to the other: give image_tokenizer the "
                 "autoencoder that the run was trained with"
             )
 
