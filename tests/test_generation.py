@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from tests.reference.generation import choose, naive_generate
 from tfusion.diffusion import NoiseProcess
 from tfusion.generation import Generator, bf16_copy, by_columns
+from tfusion.models.kv_cache import KVCache
 from tfusion.models.transfusion import Transfusion
 from tfusion.randomness import generator
 from tfusion.requests import GenerationConfig, Request
@@ -138,6 +139,36 @@ def test_samples_of_a_request_differ_and_repeat(model, tokenizer):
     pictures = [g.segments[0].tobytes() for g in first]
     assert len(set(pictures)) == 3
     assert pictures == [g.segments[0].tobytes() for g in again]
+
+
+def test_samples_are_decoded_so_many_together_however_few_the_requests(model, tokenizer, monkeypatch):
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    requests = [Request(("red",), "image", 5, 0, SETTINGS), Request(("blue",), "any", 2, 0, SETTINGS)]
+    whole, rows, make_cache = decoder.generate(requests), [], model.make_cache
+    monkeypatch.setattr(model, "make_cache", lambda *sizes: rows.append(sizes[0]) or make_cache(*sizes), raising=False)
+    parts = decoder.generate(requests, batch_size=3)
+    guided = 2 if SETTINGS.guidance_scale != 1 else 1
+    assert rows == [3 * guided, 3 * guided, 1 * guided]
+    for a, b in zip(whole, parts, strict=True):
+        assert (a.request, a.sample) == (b.request, b.sample)
+        same(a.segments, b.segments)
+
+
+def test_the_cache_is_no_larger_than_it_has_to_be_and_never_copied_for_nothing(model, tokenizer, monkeypatch):
+    """A long prompt is within the limit; all rows at once, and none of them guided, are the cache itself."""
+    capacities, copies = [], []
+    make_cache, select = model.make_cache, KVCache.select
+    monkeypatch.setattr(
+        model, "make_cache", lambda *sizes: capacities.append(sizes[1]) or make_cache(*sizes), raising=False
+    )
+    monkeypatch.setattr(KVCache, "select", lambda cache, rows: copies.append(rows) or select(cache, rows))
+    config = dataclasses.replace(SETTINGS, guidance_scale=1.0, max_new_tokens=10)
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    decoder.generate([Request(("a" * 60,), "image", 2, 0, config)])
+    decoder.generate([Request(("a" * 60,), "text", 1, 0, config)])
+    P = model.num_patches
+    assert capacities == [61 + (P + 2) + (P + 2), 61 + 10 + (P + 2)]
+    assert copies == []
 
 
 def test_guidance_one_is_off(model, tokenizer):

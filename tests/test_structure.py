@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each tier may import those before it, and modules of its own tier where named so.
 TIERS = [
-    {"randomness", "quantization"},
+    {"randomness", "quantization", "models.compilers"},
     {"sequence", "diffusion"},
     {
         "pictures",

@@ -21,7 +21,7 @@ from tfusion.models.base import MultimodalModel
 from tfusion.models.kv_cache import KVCache
 from tfusion.replay import TokenSteps
 from tfusion.requests import GenerationConfig
-from tfusion.rows import Content, Sample, extend, length_of, without_text
+from tfusion.rows import Content, Sample, extend, without_text
 from tfusion.sequence import BOI_ID, EOI_ID, EOS_ID, NUM_SPECIAL_IDS
 from tfusion.token_sampling import sample_tokens
 from tfusion.tokenizers import ImageTokenizer, TextTokenizer
@@ -53,8 +53,8 @@ class Decoding:
         guided = [r for r in rows if r.request.config.guidance_scale != 1 and r.request.generate != "text"]
         for place, row in enumerate(guided):
             row.null = len(rows) + place
-        # rows that extend by fewer positions than others write rubbish past their end
-        capacity = max(row.limit for row in rows) + max(self.P + 2, *(length_of(r.prompt, self.P) for r in rows))
+        # Rows that extend by fewer positions than others write rubbish past their end, prompts (at 0) within the limit
+        capacity = max(row.limit for row in rows) + self.P + 2
         self.cache = self.model.make_cache(len(rows) + len(guided), capacity)
         prompts = [row.prompt for row in rows] + [without_text(row.prompt, model.vocab_size) for row in guided]
         self.hidden = extend(model, self.cache, prompts)  # (R, D), last position
@@ -69,8 +69,14 @@ class Decoding:
                 return
             self.make_images(waiting)
 
+    def _select(self, rows: list[int]) -> KVCache:
+        """The cache of some rows: a copy, or where they are all there are, the cache itself."""
+        return self.cache if rows == list(range(len(self.cache.row_lengths))) else self.cache.select(rows)
+
     def _keep(self, cache: KVCache, order: list[int], places: Iterable[int]) -> None:
         """Take rows of a selection back into the cache of all."""
+        if cache is self.cache:
+            return
         places = list(places)
         self.cache.put([order[k] for k in places], cache, places)
 
@@ -78,7 +84,7 @@ class Decoding:
         """Go on with the text of these rows until each is done or wants an image."""
         if not active:
             return
-        cache, hidden, order = self.cache.select(active), self.hidden[active], list(active)
+        cache, hidden, order = self._select(active), self.hidden[active], list(active)
         steps = TokenSteps(self.model, cache)
         while True:
             tokens = self._next_tokens(hidden, [self.rows[i] for i in order], cache.row_lengths)
@@ -124,7 +130,7 @@ class Decoding:
             no_boi = not (kind == "any" and room)
             banned.append([True, True, no_eos, no_boi, True])  # by id; EOI is appended, never sampled
         logits = self.model.text_logits(hidden).float()  # (R, V)
-        logits[:, :NUM_SPECIAL_IDS].masked_fill_(torch.tensor(banned, device=self.device), float("-inf"))
+        logits[:, :NUM_SPECIAL_IDS].masked_fill_(self._sent(banned), float("-inf"))
         configs, V = [row.request.config for row in rows], logits.shape[-1]
         if all(config.temperature == 0 for config in configs):
             return logits.argmax(-1).tolist()  # as below, without sorting
@@ -133,12 +139,16 @@ class Decoding:
         draws = [torch.rand((), generator=r.draws).item() if go else 0.0 for r, go in zip(rows, going, strict=True)]
         tokens = sample_tokens(
             logits,
-            torch.tensor([config.temperature for config in configs], device=self.device),
-            torch.tensor([min(config.top_k or V, V) for config in configs], device=self.device),
-            torch.tensor([config.top_p or 1.0 for config in configs], device=self.device),
-            torch.tensor(draws, device=self.device),
+            self._sent([config.temperature for config in configs]),
+            self._sent([min(config.top_k or V, V) for config in configs]),
+            self._sent([config.top_p or 1.0 for config in configs]),
+            self._sent(draws),
         )
         return tokens.tolist()
+
+    def _sent(self, values: list) -> Tensor:
+        """Numbers onto the device, without waiting for what it is doing."""
+        return torch.tensor(values).to(self.device, non_blocking=True)
 
     def make_images(self, waiting: list[int]) -> None:
         """Write BOI, make the images, and where the row goes on, write what is left of the image and EOI."""
@@ -148,7 +158,7 @@ class Decoding:
         for members in groups.values():
             rows = [self.rows[i] for i in members]
             nulls = [row.null for row in rows if row.null is not None]
-            cache = self.cache.select(members + nulls)
+            cache = self._select(members + nulls)
             hidden = extend(self.model, cache, [[BOI_ID]] * len(cache.row_lengths))
             latents, left = self.images.make(cache, hidden, rows)  # (R, C, h, w)
             for row, picture in zip(rows, self._to_pictures(latents), strict=True):

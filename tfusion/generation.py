@@ -68,12 +68,15 @@ class Generator:
         self.dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
 
     @torch.no_grad()
-    def generate(self, requests: list[Request], numbers: list[int] | None = None) -> list[Generation]:
+    def generate(
+        self, requests: list[Request], numbers: list[int] | None = None, batch_size: int | None = None
+    ) -> list[Generation]:
         """All samples of all requests, in order.
 
         Args:
             requests: any mixture of kinds and settings.
             numbers: what the requests are called; None = 0, 1, ...
+            batch_size: samples decoded together, which bounds the memory; None = all.
 
         Raises:
             ValueError: a prompt that leaves no room, or settings that the model does not have; before any work.
@@ -86,8 +89,10 @@ class Generator:
             for sample in range(request.n):
                 draws = generator("tokens", request.seed, sample)
                 rows.append(Sample(number, sample, request, prompt, limit, draws))
-        if rows:
-            Decoding(self.model, self.images, self.text_tokenizer, self.image_tokenizer, rows).run()
+        together = batch_size or max(1, len(rows))
+        for start in range(0, len(rows), together):
+            some = rows[start : start + together]
+            Decoding(self.model, self.images, self.text_tokenizer, self.image_tokenizer, some).run()
         return [Generation(row.number, row.sample, tuple(row.segments)) for row in rows]
 
     def check(self, requests: list[Request], numbers: list[int] | None = None) -> list[int]:
@@ -157,6 +162,9 @@ class Generator:
                 f"{needed - prompt}, but the model's max_seq_len is {self.model.max_seq_len}: shorten the prompt"
             )
         config = request.config
-        most = prompt + (0 if request.generate == "image" else config.max_new_tokens)
-        most += 0 if request.generate == "text" else config.max_new_images * image
-        return min(self.model.max_seq_len, most)
+        tokens, images = {
+            "image": (0, 1),
+            "text": (config.max_new_tokens, 0),
+            "any": (config.max_new_tokens, config.max_new_images),
+        }[request.generate]
+        return min(self.model.max_seq_len, prompt + tokens + images * image)

@@ -9,6 +9,7 @@ Legend: R rows, G guided ones, P ids an image, D width, K ids of images.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,16 @@ def check_settings(config: GenerationConfig) -> None:
             f"got guidance_interval {list(config.guidance_interval)}, a part of the noise range; Chameleon's images "
             "are ids, without noise: leave it out (guidance_scale acts on every id)"
         )
+
+
+class Settings(NamedTuple):
+    """How R rows are sampled, on the device: once an image, not once an id."""
+
+    guided: Tensor  # (G,) places of the guided rows
+    scales: Tensor  # (G, 1) of guidance
+    temperature: Tensor  # (R,)
+    top_k: Tensor  # (R,)
+    top_p: Tensor  # (R,)
 
 
 class IdSampler:
@@ -66,33 +77,36 @@ class IdSampler:
         and so do the contents.
         """
         P, guided = self.model.num_patches, [r for r, row in enumerate(rows) if row.null is not None]
+        settings = self._settings([row.request.config for row in rows], guided)
         seeds = [("image", row.request.seed, row.sample, row.num_images) for row in rows]
         draws = torch.stack([torch.rand(P, generator=generator(*parts)) for parts in seeds]).to(self.device)  # (R, P)
         steps, ids = TokenSteps(self.model, cache), list[Tensor]()
         while True:
-            ids.append(self._next_ids(hidden, rows, guided, draws[:, len(ids)]))
+            ids.append(self._next_ids(hidden, settings, draws[:, len(ids)]))
             last = ids[-1].tolist()
             contents: list[Content] = [[last[r]] for r in [*range(len(rows)), *guided]]
             if len(ids) == P:
                 return self.model.latents_of(torch.stack(ids, 1)), contents
             hidden = steps(contents)
 
-    def _next_ids(self, hidden: Tensor, rows: list[Sample], guided: list[int], uniforms: Tensor) -> Tensor:
-        """The next id of each row, (R,), of the one vocabulary."""
-        logits = self.model.image_logits(hidden)  # (R + G, K)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        conditional, null = logits[: len(rows)], logits[len(rows) :]
-        if guided:  # classifier-free guidance on logits (Ho & Salimans 2022, eq. 6, with scale = 1 + w)
-            places = torch.tensor(guided, device=self.device)
-            scales = null.new_tensor([rows[r].request.config.guidance_scale for r in guided])[:, None]
-            guided_logits = null + scales * (conditional[places] - null)
-            conditional = conditional.index_copy(0, places, guided_logits)
-        configs, K = [row.request.config for row in rows], conditional.shape[1]
-        codes = sample_tokens(
-            conditional,
+    def _settings(self, configs: list[GenerationConfig], guided: list[int]) -> Settings:
+        K = self.model.codebook_size
+        return Settings(
+            torch.tensor(guided, dtype=torch.long, device=self.device),
+            torch.tensor([[configs[r].guidance_scale] for r in guided], dtype=torch.float64, device=self.device),
             torch.tensor([config.image_temperature for config in configs], device=self.device),
             torch.tensor([min(config.image_top_k or K, K) for config in configs], device=self.device),
             torch.tensor([config.image_top_p or 1.0 for config in configs], device=self.device),
-            uniforms,
         )
+
+    def _next_ids(self, hidden: Tensor, settings: Settings, uniforms: Tensor) -> Tensor:
+        """The next id of each row, (R,), of the one vocabulary."""
+        logits = self.model.image_logits(hidden)  # (R + G, K)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        conditional, null = logits[: len(uniforms)], logits[len(uniforms) :]
+        if len(null):  # classifier-free guidance on logits (Ho & Salimans 2022, eq. 6, with scale = 1 + w)
+            places = settings.guided
+            guided_logits = null + settings.scales.to(null.dtype) * (conditional[places] - null)
+            conditional = conditional.index_copy(0, places, guided_logits)
+        codes = sample_tokens(conditional, settings.temperature, settings.top_k, settings.top_p, uniforms)
         return codes + self.model.vocab_size

@@ -15,12 +15,13 @@ from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.training.multimodal import MultimodalModule
 from tfusion.training.run_folder import find_checkpoint
 from tfusion.training.trainer_settings import precision_on
+from tfusion.training.warm_start import evaluation_weights, read_checkpoint
 
 
 def load(
     run: str | os.PathLike[str], checkpoint: str = "last", device: torch.device | str | None = None
 ) -> MultimodalModule:
-    """The evaluation-ready module of a run.
+    """The evaluation-ready module of a run: `model` has the averaged weights where there are any.
 
         model = tfusion.load("runs/quickstart")
         [heart] = model.generate([{"segments": ["red heart"], "generate": "image"}])
@@ -39,11 +40,12 @@ def load(
     parser = ArgumentParser()
     parser.add_subclass_arguments(L.LightningModule, "model")
     module: MultimodalModule = parser.instantiate(parser.parse_object({"model": settings["model"]})).model
-    state = torch.load(find_checkpoint(root, checkpoint), map_location="cpu", weights_only=True)
+    state = read_checkpoint(find_checkpoint(root, checkpoint))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    module.materialize(device)
     module.on_load_checkpoint(state)
-    module.load_state_dict(state["state_dict"])
+    module.model, module.ema_model = module.evaluation_model, None  # what is evaluated is all that is allocated
+    module.materialize(device)
+    module.model.load_state_dict(evaluation_weights(state["state_dict"]))
     module.precision = precision_on(device.type, settings["trainer"]["precision"])
     return module.eval()
 

@@ -46,6 +46,18 @@ def test_the_peak_is_what_torchs_own_tracker_finds() -> None:
         assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 
 
+def test_gradients_are_there_in_the_forward_of_all_micro_batches_but_the_first() -> None:
+    peaks = []
+    for micro_batches in (1, 2):
+        lines: list[dict] = []
+        flags = [SMALL + "dim", "64", SMALL + "num_heads", "2", SMALL + "num_layers", "1", "--data.seq_len", "512"]
+        flags += ["--trainer.accumulate_grad_batches", str(micro_batches), "--rows", "1"]
+        memory.main(["--config", "configs/quickstart.yaml", *flags], lambda line, to=lines: to.append(json.loads(line)))
+        assert [line["accumulates"] for line in lines] == [micro_batches > 1] * 6
+        peaks.append(lines[1]["peak_forward_backward"] - lines[1]["gradients"])
+    assert peaks[0] + 0.5 * lines[1]["gradients"] < peaks[1]
+
+
 def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """The quickstart's config with a small model and a vocabulary that does not fit one chunk."""
     monkeypatch.setattr(memory, "CHUNK", 4 * 2000 * 32)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tests.reference.attention import loop_attention, loop_mask
-from tfusion.models.attention import attend, backend_for, training_mask
+from tfusion.models.attention import _compiled_flex, attend, backend_for, training_mask
+from tfusion.models.compilers import has_compiler
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -239,7 +241,31 @@ def test_a_block_mask_is_what_torch_makes_of_the_rule(length: int, seed: int) ->
         assert torch.equal(indices.where(used, -1), of_theirs.where(used, -1))
 
 
-def test_backend_by_device_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_flex_is_compiled_for_more_sizes_than_torch_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the limit it would be run as it is written, with all scores in memory."""
+    monkeypatch.setattr("tfusion.models.attention.FLEX_CODES", 3)
+    counters.clear()
+    _compiled_flex.cache_clear()
+    with torch.compiler.config.patch(recompile_limit=1):
+        for length in (128, 256):
+            qkv = [torch.randn(1, 2, length, 16) for _ in range(3)]
+            attend(*qkv, training_mask(*random_layout(1, length, 0), "flex"))
+    _compiled_flex.cache_clear()
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_flex_needs_a_compiler_on_cuda_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for cached in (backend_for, has_compiler):
+        cached.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert backend_for("cuda") == "sdpa" and not has_compiler("cuda")
+    assert "there is no no-such-compiler here, so nothing is compiled for cuda" in caplog.text
+    for cached in (backend_for, has_compiler):
+        cached.cache_clear()
+
+
+def test_backend_by_device_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfusion.models.attention.has_compiler", lambda device_type: True)
     backend_for.cache_clear()
     caplog.set_level("INFO", "tfusion")
     assert [backend_for(device) for device in ("cuda", "cpu", "mps", "cpu", "cuda")] == [

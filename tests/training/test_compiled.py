@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 
 from tests.models.test_attention import random_layout
 from tfusion.models.attention import training_mask
+from tfusion.models.compilers import has_compiler
 from tfusion.models.transformer import Transformer
 from tfusion.requests import GenerationConfig
-from tfusion.training.trainer_settings import has_compiler
 
 STEPS = 6
 

@@ -61,6 +61,25 @@ def test_batches_of_requests_change_nothing(tiny_module, byte_tokenizer):
         module.generate([requests[0], {"segments": ["x" * 99], "generate": "image"}], batch_size=1)
 
 
+class Gradients(L.Callback):
+    """Whether there are any at the start of each micro-batch, and how often counts were added up over ranks."""
+
+    def __init__(self) -> None:
+        self.there: list[bool] = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args) -> None:
+        self.there.append(any(parameter.grad is not None for parameter in pl_module.model.parameters()))
+
+
+def test_gradients_are_freed_when_their_step_has_ended(tiny_module, tiny_data, tiny_trainer):
+    """They would be there through the forward of the next one, which is when memory is short."""
+    watch = Gradients()
+    data = tiny_data()
+    trainer = tiny_trainer(3, callbacks=[watch], accumulate_grad_batches=2)
+    trainer.fit(tiny_module(), data)
+    assert watch.there == [False, True] * 3
+
+
 def test_everything_but_training_uses_the_averaged_weights(tiny_module, tiny_data, tiny_trainer):
     module = tiny_module(generation=GenerationConfig(num_inference_steps=2, max_new_tokens=4))
     trainer = tiny_trainer(3, callbacks=[EMA(0.9)])

@@ -52,6 +52,11 @@ def test_what_is_loaded_generates_in_what_the_device_has(tmp_path: Path, monkeyp
     cli.run(cli.TfusionCLI, [*args, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "3"])
     module = load(tmp_path / "run", device="cpu")
     assert module.precision == "32-true"
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    weights = module.state_dict()  # the averaged ones, and nothing beside them
+    assert module.evaluation_model is module.model and len(weights) == len(saved) / 2
+    assert all(torch.equal(weight, saved[f"ema_{name}"]) for name, weight in weights.items())
+    assert any(not torch.equal(weight, saved[name]) for name, weight in weights.items())
     monkeypatch.setattr(trainer_settings, "has_bf16", lambda device_type: True)
     assert load(tmp_path / "run", device="cpu").precision == "bf16-mixed"
 

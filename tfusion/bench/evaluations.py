@@ -2,7 +2,7 @@
 
 An evaluation is timed from one to the next, so all that is done in between counts: guidance, the sampler's step, the
 next noised patches in and the prediction out. Beside it stands the plain forward of the same patches: through the same
-encoder, trunk and decoder, without gradients, with no prompt, no cache and so no mask.
+encoder, trunk and decoder, without gradients, with no prompt, no cache and so no mask; on CUDA replayed, as they are.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tfusion.bench.setting import DEVICE, wait
 from tfusion.models.flops import adapter_flops, trunk_flops
 from tfusion.models.transfusion import Transfusion
+from tfusion.replay import Replayed
 
 
 class Evaluations:
@@ -79,13 +81,18 @@ def plain_forwards(
     of_row = torch.arange(rows, device=device) % images
     position_ids = torch.arange(model.num_patches, device=device).expand(rows, -1)
 
+    def forward(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        patches, skip = model.patch_encoder(x_t, timesteps)  # (images, P, D)
+        hidden = model.transformer(patches[of_row], position_ids)  # (rows, P, D)
+        return model.patch_decoder(hidden, tuple(part[of_row] for part in skip), timesteps[of_row])
+
+    forward_as_sampling = Replayed(forward)
+
     @torch.no_grad()
     def run() -> None:
         for _ in range(repeats):
             mark()
-            patches, skip = model.patch_encoder(x_t, timesteps)  # (images, P, D)
-            hidden = model.transformer(patches[of_row], position_ids)  # (rows, P, D)
-            model.patch_decoder(hidden, tuple(part[of_row] for part in skip), timesteps[of_row])
+            forward_as_sampling(x_t, timesteps)
 
     return run
 

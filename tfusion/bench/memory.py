@@ -16,7 +16,8 @@ with the attention of a CPU.
   block's input where checkpointing is full; where it is selective also its 4 products and attention.
 - `loss`: the most that head and loss need at once, by themselves, above their inputs, the head and its gradient.
   `formula`, where the logits are whole: 12 bytes each, their log-softmax and both gradients in fp32.
-- `peak_forward_backward`, `peak_optimizer`: the most alive at once in each; `peak` is the larger.
+- `peak_forward_backward`, `peak_optimizer`: the most alive at once in each; `peak` is the larger. Where a step has
+  several micro-batches (`accumulates`: trainer.accumulate_grad_batches) gradients are there during the forward, too.
 
 All in bytes. A peak is not the sum of the parts: gradients come while activations go.
 """
@@ -108,8 +109,10 @@ def labels_of(model: MultimodalModel, batch: Batch) -> int:
     return len(batch.text_labels) + of_images
 
 
-def step(model: MultimodalModel, batch: Batch, bf16: bool, memory: Allocator | Live) -> dict[str, int]:
-    """One training step, its second, so that AdamW's moments are there; bytes of each part."""
+def step(
+    model: MultimodalModel, batch: Batch, bf16: bool, accumulates: bool, memory: Allocator | Live
+) -> dict[str, int]:
+    """The last micro-batch of a training step, its second, so that AdamW's moments are there; bytes of each part."""
     weights = [*model.parameters(), *model.buffers()]
     average = [weight.detach().clone() for weight in weights]
     optimizer = adamw(parameter_groups(model, 0.1), 3e-4, (0.9, 0.95), 1e-8)
@@ -128,7 +131,8 @@ def step(model: MultimodalModel, batch: Batch, bf16: bool, memory: Allocator | L
 
     learn()
     gradients = sum(_bytes(parameter.grad) for parameter in model.parameters())
-    optimizer.zero_grad()
+    if not accumulates:  # else those of the micro-batches before are there
+        optimizer.zero_grad()
     found = learn()
     moments = sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
     both = {"weights": sum(map(_bytes, weights)), "average": sum(map(_bytes, average))}
@@ -178,6 +182,7 @@ def formula(model: MultimodalModel, batch: Batch, bf16: bool, checkpointing: str
 def measure(config: Any, rows: int, checkpointing: str, whole: bool) -> dict[str, Any]:
     """One line."""
     bf16, model = "bf16" in str(config.trainer.precision), model_of(config, checkpointing)
+    accumulates = config.trainer.accumulate_grad_batches > 1
     batch = batch_of(model, rows, config.data.seq_len)
     real = DEVICE.type == "cuda"
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -188,7 +193,7 @@ def measure(config: Any, rows: int, checkpointing: str, whole: bool) -> dict[str
         else:
             model.to_empty(device=DEVICE)
         batch = batch.to(DEVICE) if real else _faked(batch, fake)
-        parts = step(model.train(), batch, bf16, memory)
+        parts = step(model.train(), batch, bf16, accumulates, memory)
     return {
         "model": type(model).__name__,
         "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -197,6 +202,7 @@ def measure(config: Any, rows: int, checkpointing: str, whole: bool) -> dict[str
         "labels": labels_of(model, batch),
         "vocab": 0 if head_of(model) is None else head_of(model).out_features,
         "precision": str(config.trainer.precision),
+        "accumulates": accumulates,
         "device": torch.cuda.get_device_name() if real else "fake",
         "torch": torch.__version__,
         "checkpointing": checkpointing,

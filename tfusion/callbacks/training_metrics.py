@@ -20,7 +20,16 @@ class TrainingMetrics(L.Callback):
         self.seconds = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer)
+
+    def _start(self, trainer: L.Trainer) -> None:
         self.logged_step, self.logged_time = trainer.global_step, time.perf_counter()
+        self.stopped = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Go on after validation, and after what other callbacks do behind it: samples, checkpoints."""
+        if self.stopped:
+            self._start(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -43,13 +52,10 @@ class TrainingMetrics(L.Callback):
             logger.log_metrics(metrics, step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self.seconds += time.perf_counter() - self.logged_time
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation is not training time."""
-        if trainer.state.fn == "fit":
-            self.logged_time, self.logged_step = time.perf_counter(), trainer.global_step
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.seconds += time.perf_counter() - self.logged_time
+            self.stopped = True
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.seconds}

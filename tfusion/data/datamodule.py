@@ -67,7 +67,7 @@ class MultimodalDataModule(L.LightningDataModule):
         max_bad_share: share of a corpus's records that may be bad and are left out; more is an error.
         seed: of order, mixture and noise.
         prompts: `prompts.jsonl` for `predict`.
-        predict_batch_size: requests decoded, or pictures encoded into a latent cache, together.
+        predict_batch_size: samples decoded, or pictures encoded into a latent cache, together.
         choices: files of ranked choice to validate on, by name; `tfusion.data.choices` says what is in them.
     """
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from tfusion.models.compilers import has_compiler
+
 logger = logging.getLogger(__name__)
 Backend = Literal["flex", "sdpa"]
 Mask = Tensor | BlockMask | None  # bool: seen; float: added to scores; None: everything is seen
@@ -25,6 +27,8 @@ Mask = Tensor | BlockMask | None  # bool: seen; float: added to scores; None: ev
 # ROWS_GUARANTEED_SAFE: every position sees itself, but not always a key of the first tile, without which it is NaN.
 TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8}
 BLOCK = 128  # positions, of queries and of keys, that flex attention leaves out together: its own default
+# Sizes and types it is compiled for in a process; past torch's own 8 it would silently write all scores out.
+FLEX_CODES = 64
 EXPLICIT_UP_TO = 512  # positions a row, from where on SDPA is as fast in training and takes less memory
 
 
@@ -48,8 +52,10 @@ def visible(
 
 @functools.cache
 def backend_for(device_type: str) -> Backend:
-    """Flex attention on CUDA, SDPA elsewhere (flex has no backward on CPU); said once a device type."""
-    backend: Backend = "flex" if device_type == "cuda" else "sdpa"
+    """Flex attention on CUDA where it can be compiled, SDPA elsewhere (flex has no backward on CPU); said once a device
+    type.
+    """
+    backend: Backend = "flex" if device_type == "cuda" and has_compiler(device_type) else "sdpa"
     logger.info("attention backend on %s: %s", device_type, backend)
     return backend
 
@@ -179,5 +185,6 @@ def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
 @functools.cache
 def _compiled_flex():
-    """One compiled instance for all layers: several would each compile again."""
+    """One compiled instance for all layers: several would each compile again. Raises torch's limit for the process."""
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, FLEX_CODES)
     return torch.compile(flex_attention, dynamic=False)

@@ -82,7 +82,7 @@ class KVCache:
 
     def advance(self, num_new: list[int]) -> None:
         """Count `num_new[b]` of the positions just written as row b's own; the rest was rubbish."""
-        self.lengths += torch.tensor(num_new, device=self.lengths.device)
+        self.lengths += torch.tensor(num_new).to(self.lengths.device, non_blocking=True)
         self.row_lengths = [a + b for a, b in zip(self.row_lengths, num_new, strict=True)]
 
 

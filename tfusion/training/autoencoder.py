@@ -204,7 +204,7 @@ class AutoencoderModule(TrainedModule):
         if discriminator is not None and self.trainer.global_step >= self.gan_start:
             parts["adversarial"] = adversarial(discriminator, reconstructed)
             parts["discriminator"] = hinge(discriminator, reconstructed, images)
-        count = self.global_counts(batch)[1].clamp(min=1)
+        count = self.global_counts(batch, batch_idx)[1].clamp(min=1)
         means = {name: (each * batch.image_valid).sum() / count for name, each in parts.items()}
         loss = sum(self.weights[name] * mean for name, mean in means.items())
         if discriminator is not None and "discriminator" not in parts:

@@ -82,6 +82,7 @@ class TrainedModule(L.LightningModule):
         # not finite (I,) and keys of each micro-batch since the last logging step
         self.latent_checks: deque[tuple[Tensor, tuple[str, ...]]] = deque(maxlen=1000)
         self.grad_norm: Tensor | None = None
+        self._counts = torch.zeros(2)  # of the step at hand, all ranks
         self.step_shape = (0, 0, 0)  # rows, positions a row and image slots of the whole step, all ranks
         self.labels_seen: Tensor | int = 0  # labelled positions of all steps so far, all ranks; on the device
         self.precision = "32-true"  # of generation without a trainer
@@ -163,12 +164,15 @@ class TrainedModule(L.LightningModule):
         """Model FLOPs, forward and backward, of B rows of T positions, N labels and I image slots; linear in N."""
         raise NotImplementedError
 
-    def global_counts(self, batch: Batch) -> Tensor:
-        """(2,) labelled text tokens and predicted images of the whole optimizer step; collective."""
-        counts = batch.step_counts.clone()
-        if self.trainer.world_size > 1:
-            dist.all_reduce(counts)
-        return counts
+    def global_counts(self, batch: Batch, batch_idx: int) -> Tensor:
+        """(2,) labelled text tokens and predicted images of the whole optimizer step; collective at its first
+        micro-batch, whose counts are those of the step.
+        """
+        if self.is_first(batch_idx):
+            self._counts = batch.step_counts.clone()
+            if self.trainer.world_size > 1:
+                dist.all_reduce(self._counts)
+        return self._counts
 
     def is_first(self, batch_idx: int) -> bool:
         """Whether a micro-batch is the first of its step."""
@@ -253,6 +257,11 @@ class TrainedModule(L.LightningModule):
     ) -> None:
         """Clip by global norm, and keep the norm; Lightning's own refuses fused AdamW under bf16-mixed."""
         self.grad_norm = clip_gradients(self.model.parameters(), gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Free the gradients of a step that has ended; Lightning would keep them through the next one's forward."""
+        if self.is_first(batch_idx + 1):
+            self.optimizers(use_pl_optimizer=False).zero_grad()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The tokenizer belongs to the weights, and moments to parameters by name, on every layout."""

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tfusion.generation import Generator, by_columns
 from tfusion.models.base import MultimodalModel
+from tfusion.models.compilers import has_compiler
 from tfusion.requests import Generation, GenerationConfig, Request, parse_request
 from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer
 from tfusion.training.base import TrainedModule
 from tfusion.training.parallel import check_strategy, shard, whole_model
-from tfusion.training.trainer_settings import has_compiler
 from tfusion.training.warm_start import InitFrom
 
 # Compiled for generation: one or many rows, one or many positions, with and without a mask, written in one place, in
@@ -119,7 +119,7 @@ class MultimodalModule(TrainedModule):
 
     def counts_of_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """`global_counts`, taken note of at a step's first micro-batch; collective."""
-        counts = self.global_counts(batch)
+        counts = self.global_counts(batch, batch_idx)
         if self.is_first(batch_idx):
             self.count_step(batch, counts[0])
         return counts
@@ -142,8 +142,9 @@ class MultimodalModule(TrainedModule):
         return metrics
 
     def predict_step(self, batch: list[tuple[int, Request]], batch_idx: int) -> list[Generation]:
-        """Samples for numbered requests."""
-        return self.generate([request for _, request in batch], [number for number, _ in batch])
+        """Samples for numbered requests, as many together as the batch is meant to have."""
+        together = self.trainer.datamodule.predict_batch_size
+        return self.generate([request for _, request in batch], [number for number, _ in batch], together)
 
     def generate(
         self,
@@ -158,7 +159,7 @@ class MultimodalModule(TrainedModule):
         Args:
             requests: as in `prompts.jsonl`; what a request leaves out comes from `generation`.
             numbers: what the requests are called; None = 0, 1, ...
-            batch_size: requests decoded together; None = all.
+            batch_size: samples decoded together, of which a request has `n`; None = all.
 
         Raises:
             ValueError: a request that cannot be met, before any work.
@@ -168,17 +169,12 @@ class MultimodalModule(TrainedModule):
         self.check_requests(parsed, numbers)
         text = any(request.generate != "image" for request in parsed)
         model = self._held[0] if self._held else self._generation_model(text)
-        generations: list[Generation] = []
         device = model.embedding.weight.device.type
         # blocks that training compiled are not for a cache's shapes; predict_step runs inside Lightning's autocast
         stance = torch.compiler.set_stance("default" if self._held else "force_eager")
         limit = torch.compiler.config.patch(recompile_limit=CODES_OF_A_BLOCK)
         with torch.autocast(device, enabled=False), stance, limit:
-            generator = self._generator(model)
-            for start in range(0, len(parsed), batch_size or max(1, len(parsed))):
-                chunk = slice(start, start + (batch_size or len(parsed)))
-                generations += generator.generate(parsed[chunk], numbers[chunk])
-        return generations
+            return self._generator(model).generate(parsed, numbers, batch_size)
 
     def check_requests(self, requests: Sequence[Request], numbers: list[int] | None = None) -> None:
         """Raise ValueError for a request that cannot be met; with all requests on every rank, so all refuse."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import shutil
-import sys
 from typing import Any
 
 import torch
@@ -71,16 +68,6 @@ def precision_on(device_type: str, precision: Any) -> Any:
             "to 45 times as long in bf16-mixed as in 32-true: that is taken in its place"
         )
     return "32-true"
-
-
-@functools.cache
-def has_compiler(device_type: str) -> bool:
-    """Whether `torch.compile` finds what it needs there, which on a CPU is a C++ compiler; where not, that is said."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
-    if device_type != "cpu" or shutil.which(compiler):
-        return True
-    log.warning("compile_blocks: there is no %s here, so nothing is compiled, which is slower; install it", compiler)
-    return False
 
 
 def check_validation_interval(config: Any) -> None:

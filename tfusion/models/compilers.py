@@ -1,0 +1,33 @@
+"""Is there a compiler? `torch.compile` needs one where it runs, on CUDA as well."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import sys
+
+log = logging.getLogger(__name__)
+
+
+def compilers(device_type: str) -> list[str]:
+    """Those of which one is needed: inductor's of C++ for a CPU, elsewhere Triton's of C, which builds what launches
+    kernels; both as they look for it.
+    """
+    if device_type == "cpu":
+        return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+
+
+@functools.cache
+def has_compiler(device_type: str) -> bool:
+    """Whether `torch.compile` finds what it needs there; where not, that is said."""
+    needed = compilers(device_type)
+    if any(map(shutil.which, needed)):
+        return True
+    log.warning(
+        "there is no %s here, so nothing is compiled for %s (blocks, flex attention), which is slower; install it",
+        *(" or ".join(needed), device_type),
+    )
+    return False
