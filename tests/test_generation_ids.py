@@ -69,7 +69,14 @@ def requests():
     ]
 
 
-def test_cached_and_batched_equals_uncached_and_alone(model, tokenizer):
+def unguided():
+    """No null rows and all rows of text at the start: they are decoded in the cache itself, not in a copy."""
+    config = dataclasses.replace(SETTINGS, guidance_scale=1.0)
+    return [Request((), "any", 6, 0, config), Request(("ab",), "any", 3, 1, config)]
+
+
+@pytest.mark.parametrize("requests", [requests, unguided])
+def test_cached_and_batched_equals_uncached_and_alone(model, tokenizer, requests):
     """The same ids, greedy and drawn, with and without guidance."""
     recorder = Recorder()
     decoder = Generator(model, None, tokenizer, recorder)

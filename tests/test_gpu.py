@@ -25,6 +25,7 @@ REQUESTS = [
     {"segments": ["one"], "generate": "any", "n": 2, "seed": 3},
     {"segments": ["words, words"], "generate": "text", "n": 3, "seed": 4},
 ]
+UNGUIDED = [{"segments": ["one"], "generate": "any", "n": 6, "seed": 5, "guidance_scale": 1}]  # in the cache itself
 
 
 @pytest.mark.parametrize("family", ["ddpm", "flow"])
@@ -122,12 +123,13 @@ def test_replayed_generation_is_plain_generation(
     monkeypatch.setattr(Replayed, "_record", lambda self, inputs: recorded.append(1) or record(self, inputs))
     module.compile_blocks = compiled
     module.hold_generation_model()
-    ours = module.generate(REQUESTS)
+    ours = module.generate(REQUESTS) + module.generate(UNGUIDED)
     assert recorded
     module._held = []
     monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.call(*inputs))
     monkeypatch.setattr(TokenSteps, "__call__", lambda self, contents: extend(self.model, self.cache, contents))
-    for a, b in zip(ours, module.generate(REQUESTS), strict=True):
+    plain = module.generate(REQUESTS) + module.generate(UNGUIDED)
+    for a, b in zip(ours, plain, strict=True):
         assert [type(s) for s in a.segments] == [type(s) for s in b.segments]
         for one, other in zip(a.segments, b.segments, strict=True):
             if isinstance(one, str):

@@ -166,8 +166,7 @@ class TfusionCLI(LightningCLI):
             return
         root = Path(os.path.relpath(self.trainer.default_root_dir))
         logging.getLogger("tfusion").info(
-            "step %d: %s has checkpoints/, samples/ and metrics.csv; measure it: tfusion validate --config %s "
-            "--ckpt_path last",
+            "step %d; all of it is in %s; measure it: tfusion validate --config %s --ckpt_path last",
             *(self.trainer.global_step, root, root / "config.yaml"),
         )
 

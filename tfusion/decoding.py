@@ -53,8 +53,8 @@ class Decoding:
         guided = [r for r in rows if r.request.config.guidance_scale != 1 and r.request.generate != "text"]
         for place, row in enumerate(guided):
             row.null = len(rows) + place
-        # Rows that extend by fewer positions than others write rubbish past their end, prompts (at 0) within the limit
-        capacity = max(row.limit for row in rows) + self.P + 2
+        # a row that is done or waits writes a position of rubbish past its end
+        capacity = max(row.limit for row in rows) + 1
         self.cache = self.model.make_cache(len(rows) + len(guided), capacity)
         prompts = [row.prompt for row in rows] + [without_text(row.prompt, model.vocab_size) for row in guided]
         self.hidden = extend(model, self.cache, prompts)  # (R, D), last position

@@ -83,17 +83,19 @@ class Generator:
         """
         numbers = list(range(len(requests))) if numbers is None else numbers
         limits = self.check(requests, numbers)
-        rows = []
-        for number, request, limit in zip(numbers, requests, limits, strict=True):
-            prompt = self._prompt(request)
-            for sample in range(request.n):
-                draws = generator("tokens", request.seed, sample)
-                rows.append(Sample(number, sample, request, prompt, limit, draws))
-        together = batch_size or max(1, len(rows))
-        for start in range(0, len(rows), together):
-            some = rows[start : start + together]
-            Decoding(self.model, self.images, self.text_tokenizer, self.image_tokenizer, some).run()
-        return [Generation(row.number, row.sample, tuple(row.segments)) for row in rows]
+        wanted = [(i, sample) for i, request in enumerate(requests) for sample in range(request.n)]
+        together = batch_size or max(1, len(wanted))
+        made: list[Generation] = []
+        for start in range(0, len(wanted), together):
+            some = wanted[start : start + together]
+            prompts = {i: self._prompt(requests[i]) for i in dict.fromkeys(i for i, _ in some)}
+            rows = []
+            for i, sample in some:
+                draws = generator("tokens", requests[i].seed, sample)
+                rows.append(Sample(numbers[i], sample, requests[i], prompts[i], limits[i], draws))
+            Decoding(self.model, self.images, self.text_tokenizer, self.image_tokenizer, rows).run()
+            made += [Generation(row.number, row.sample, tuple(row.segments)) for row in rows]
+        return made
 
     def check(self, requests: list[Request], numbers: list[int] | None = None) -> list[int]:
         """How many positions each request's rows may take; raises ValueError for one that cannot be met."""

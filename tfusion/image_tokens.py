@@ -90,10 +90,11 @@ class IdSampler:
             hidden = steps(contents)
 
     def _settings(self, configs: list[GenerationConfig], guided: list[int]) -> Settings:
-        K = self.model.codebook_size
+        K, weight = self.model.codebook_size, self.model.embedding.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # of logits
         return Settings(
             torch.tensor(guided, dtype=torch.long, device=self.device),
-            torch.tensor([[configs[r].guidance_scale] for r in guided], dtype=torch.float64, device=self.device),
+            torch.tensor([[configs[r].guidance_scale] for r in guided], dtype=dtype, device=self.device),
             torch.tensor([config.image_temperature for config in configs], device=self.device),
             torch.tensor([min(config.image_top_k or K, K) for config in configs], device=self.device),
             torch.tensor([config.image_top_p or 1.0 for config in configs], device=self.device),
@@ -106,7 +107,7 @@ class IdSampler:
         conditional, null = logits[: len(uniforms)], logits[len(uniforms) :]
         if len(null):  # classifier-free guidance on logits (Ho & Salimans 2022, eq. 6, with scale = 1 + w)
             places = settings.guided
-            guided_logits = null + settings.scales.to(null.dtype) * (conditional[places] - null)
+            guided_logits = null + settings.scales * (conditional[places] - null)
             conditional = conditional.index_copy(0, places, guided_logits)
         codes = sample_tokens(conditional, settings.temperature, settings.top_k, settings.top_p, uniforms)
         return codes + self.model.vocab_size

@@ -21,7 +21,8 @@ from tfusion.training.warm_start import evaluation_weights, read_checkpoint
 def load(
     run: str | os.PathLike[str], checkpoint: str = "last", device: torch.device | str | None = None
 ) -> MultimodalModule:
-    """The evaluation-ready module of a run: `model` has the averaged weights where there are any.
+    """The evaluation-ready module of a run: `model` has the averaged weights where there are any, and nothing else is
+    there. To train on from them use `init_from`, or `--ckpt_path`.
 
         model = tfusion.load("runs/quickstart")
         [heart] = model.generate([{"segments": ["red heart"], "generate": "image"}])

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tests.reference.attention import loop_attention, loop_mask
-from tfusion.models.attention import _compiled_flex, attend, backend_for, training_mask
+from tfusion.models.attention import attend, backend_for, training_mask
 from tfusion.models.compilers import has_compiler
 
 
@@ -244,14 +244,14 @@ def test_a_block_mask_is_what_torch_makes_of_the_rule(length: int, seed: int) ->
 def test_flex_is_compiled_for_more_sizes_than_torch_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the limit it would be run as it is written, with all scores in memory."""
     monkeypatch.setattr("tfusion.models.attention.FLEX_CODES", 3)
+    torch.compiler.reset()
     counters.clear()
-    _compiled_flex.cache_clear()
     with torch.compiler.config.patch(recompile_limit=1):
         for length in (128, 256):
             qkv = [torch.randn(1, 2, length, 16) for _ in range(3)]
             attend(*qkv, training_mask(*random_layout(1, length, 0), "flex"))
-    _compiled_flex.cache_clear()
     assert counters["stats"]["unique_graphs"] == 2
+    torch.compiler.reset()
 
 
 def test_flex_needs_a_compiler_on_cuda_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -62,7 +62,7 @@ def test_batches_of_requests_change_nothing(tiny_module, byte_tokenizer):
 
 
 class Gradients(L.Callback):
-    """Whether there are any at the start of each micro-batch, and how often counts were added up over ranks."""
+    """Whether there are any at the start of each micro-batch."""
 
     def __init__(self) -> None:
         self.there: list[bool] = []

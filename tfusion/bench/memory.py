@@ -4,11 +4,11 @@
     python -m tfusion.bench.memory --config configs/transfusion.yaml --config configs/size/7b.yaml --rows 1
 
 Takes what `tfusion fit` takes, of which it reads the model, the precision, data.seq_len and the rows of a micro-batch
-of one process (no strategy divides anything here). Rows are made up: captioned images in half the positions, text in
-the other half. On CUDA the step runs, and bytes are the allocator's (`torch.cuda.max_memory_allocated`). Elsewhere
-tensors are fake (`FakeTensorMode`: they have a shape, and nothing in them), so any size goes on any machine, and bytes
-are those of all storages alive, seen as they come out of operations (`Live`): without what kernels need inside, and
-with the attention of a CPU.
+of one process: no strategy divides anything here (and DDP's buckets are 4 bytes a parameter more). Rows are made up:
+captioned images in half the positions, text in the other half. On CUDA the step runs, and bytes are the allocator's
+(`torch.cuda.max_memory_allocated`). Elsewhere tensors are fake (`FakeTensorMode`: they have a shape, and nothing in
+them), so any size goes on any machine, and bytes are those of all storages alive, seen as they come out of operations
+(`Live`): without what kernels need inside, and with the attention of a CPU.
 
 - `weights`, `average` (EMA), `gradients`, `optimizer`: bytes of each, all of a step but activations; `formula` beside:
   4, 4, 4 and 8 bytes a parameter (fp32, and AdamW's two moments).

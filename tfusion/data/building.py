@@ -125,11 +125,7 @@ def row_shape(
 def drop_long_captions(
     pictures: Concatenated, tokenizer: TextTokenizer, shape: RowShape, bad: BadRecords
 ) -> Concatenated:
-    """Without captions that fit no row, where a corpus can tell without reading its pictures.
-
-    Raises:
-        ValueError: more of a corpus's records are bad then than `bad` allows, or all of them.
-    """
+    """Without captions that fit no row, where a corpus can tell without reading its pictures."""
     most = shape.seq_len - shape.num_patches - 4  # BOS, BOI, EOI, EOS
     parts = []
     for part in pictures.parts:
@@ -138,14 +134,19 @@ def drop_long_captions(
                 most, lambda captions: list(map(len, tokenizer.encode_batch(captions)))
             )
             bad.add(records)
-            if not len(part):
-                raise ValueError(
-                    f"corpus {records[0].corpus!r}: no caption fits a row of data.seq_len {shape.seq_len}: "
-                    f"raise it, or take larger patches:\n{bad.summary(records[0].corpus)}"
-                )
         parts.append(part)
     bad.check()
     return Concatenated(parts)
+
+
+def check_some_left(corpora: Sequence[ImageCorpus], pictures: Concatenated, shape: RowShape, bad: BadRecords) -> None:
+    """Raise ValueError for a corpus of whose captions none fits a row."""
+    for corpus, part in zip(corpora, pictures.parts, strict=True):
+        if not len(part):
+            raise ValueError(
+                f"corpus {corpus.name!r}: no caption fits a row of data.seq_len {shape.seq_len}: raise it, or take "
+                f"larger patches:\n{bad.summary(corpus.name)}"
+            )
 
 
 def mean_length(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tfusion.data.bad_records import BadRecords
 from tfusion.data.building import (
     Sizes,
+    check_some_left,
     check_vocab_size,
     count_bad_records,
     drop_long_captions,
@@ -219,6 +220,7 @@ class MultimodalDataModule(L.LightningDataModule):
             if self.reads_captions:
                 pictures = drop_long_captions(pictures, self.tokenizer, shape, self.bad_records)
                 given = self.max_images_per_row is not None
+                check_some_left(self.image_corpora, pictures, shape, self.bad_records)
                 mean = mean_length(pictures, self.tokenizer, shape, self.image_weights)
                 shape, self.val_shape = fit_rows(shape, mean, share, not texts, given)
             chances = (*order, self.image_first_noise_limit)

@@ -152,6 +152,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         chosen = query.shape[-1] == 64 and query.dtype.itemsize == 2 and query.shape[2] >= BLOCK
         options = TILES if chosen else None
         if not torch.compiler.is_compiling():
+            # every time: torch keeps it a thread
+            torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, FLEX_CODES)
             return _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=grouped, kernel_options=options)
         # As whole tensors: inductor's CPU kernel (torch 2.14) reads the halves of a rotated split wrong
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -185,6 +187,5 @@ def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
 @functools.cache
 def _compiled_flex():
-    """One compiled instance for all layers: several would each compile again. Raises torch's limit for the process."""
-    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, FLEX_CODES)
+    """One compiled instance for all layers: several would each compile again."""
     return torch.compile(flex_attention, dynamic=False)

@@ -22,8 +22,8 @@ class KVCache:
 
     Args:
         num_layers, num_rows, num_kv_heads, head_dim: sizes of the model and the batch.
-        capacity: positions a row can hold; the longest `extend` is added to it, since rows that write fewer
-            positions than others write rubbish past their end.
+        capacity: positions a row can hold, those among them that a row which writes fewer than others fills with
+            rubbish past its end.
     """
 
     def __init__(

@@ -258,10 +258,13 @@ class TrainedModule(L.LightningModule):
         """Clip by global norm, and keep the norm; Lightning's own refuses fused AdamW under bf16-mixed."""
         self.grad_norm = clip_gradients(self.model.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Free the gradients of a step that has ended; Lightning would keep them through the next one's forward."""
-        if self.is_first(batch_idx + 1):
-            self.optimizers(use_pl_optimizer=False).zero_grad()
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step, and its gradients freed: Lightning would keep them through the next forward.
+
+        Under DDP with gradients as views of buckets (configs/trainer/ddp.yaml) the buckets stay.
+        """
+        super().optimizer_step(*args, **kwargs)
+        self.optimizers(use_pl_optimizer=False).zero_grad()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The tokenizer belongs to the weights, and moments to parameters by name, on every layout."""

@@ -143,7 +143,7 @@ class MultimodalModule(TrainedModule):
 
     def predict_step(self, batch: list[tuple[int, Request]], batch_idx: int) -> list[Generation]:
         """Samples for numbered requests, as many together as the batch is meant to have."""
-        together = self.trainer.datamodule.predict_batch_size
+        together = getattr(self.trainer.datamodule, "predict_batch_size", None)
         return self.generate([request for _, request in batch], [number for number, _ in batch], together)
 
     def generate(
