@@ -337,6 +337,8 @@ def test_validate_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_wrong_option_gets_a_message_and_not_the_usage(tmp_path: Path) -> None:
+    code, output = tfusion(tmp_path, "fit", "--config", str(write_config(tmp_path)), "--trainer.max_step", "1")
+    assert code == 2 and "trainer.max_step" in output, "the beginning of an option is not the option"
     code, output = tfusion(tmp_path, "fit", "--config", str(write_config(tmp_path)), "--model.lrr", "1")
     assert code == 2
     assert "Option 'lrr' is not accepted" in output

@@ -283,6 +283,7 @@ def run(cli: type[TfusionCLI], args: list[str] | None = None) -> TfusionCLI:
             parser_class=Parser,
             parser_kwargs={
                 "prog": "tfusion",
+                "allow_abbrev": False,  # --trainer.max_step would be taken for max_steps, and a typo for its neighbour
                 "description": "Train, validate and sample Transfusion models.",
             },
             args=args,
