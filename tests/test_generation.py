@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from tests.reference.generation import choose, naive_generate
 from tfusion.diffusion import NoiseProcess
-from tfusion.generation import Generator, bf16_copy, by_columns
+from tfusion.generation import Generator, bf16_copy
 from tfusion.models.kv_cache import KVCache
 from tfusion.models.transfusion import Transfusion
 from tfusion.randomness import generator
@@ -105,7 +105,7 @@ def test_cached_and_batched_equals_uncached_and_alone(model, tokenizer, process,
     asked = requests()
     for generation in decoder.generate(asked):
         request = asked[generation.request]
-        wanted = naive_generate(model, process, decoder._prompt(request), request, generation.sample)
+        wanted = naive_generate(model, process, decoder._prompts([request])[0], request, generation.sample)
         text = [i for i in wanted if isinstance(i, int)]
         assert "".join(s for s in generation.segments if isinstance(s, str)) == "".join(
             tokenizer.decode(list(run)) for run in runs_of_ids(wanted)
@@ -245,12 +245,26 @@ def test_refusals(model, tokenizer):
         decoder.generate([Request(("a",), "image", 1, 0, dataclasses.replace(SETTINGS, sampler="ddpm"))])
 
 
-def test_pictures_of_any_size_become_the_models(model, tokenizer):
-    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
-    latents = decoder._latents(PILImage.new("RGBA", (31, 50), (255, 0, 0, 255)))
-    assert latents.shape == (3, 8, 8)
-    assert latents[0].min() > 0.99
-    assert latents[1].max() < -0.99
+def test_pictures_of_any_size_are_encoded_together_each_in_its_place(model, tokenizer):
+    calls = []
+
+    class Counting(PixelTokenizer):
+        def encode(self, images):
+            calls.append(tuple(images.shape))
+            return super().encode(images)
+
+    decoder = Generator(model, FLOW, tokenizer, Counting())
+    red, green, blue = (PILImage.new("RGBA", (31, 50 + n), tuple(255 * (n == c) for c in range(3))) for n in range(3))
+    asked = [("a", red), ("b",), (blue, "c", green), (red,)]
+    prompts = decoder._prompts([Request(segments, "text", 1, 0, SETTINGS) for segments in asked])
+    assert calls == [(4, 3, 8, 8)]
+    found = [[item for item in prompt if not isinstance(item, int)] for prompt in prompts]
+    assert [[latents.amax((1, 2)).argmax().item() for latents in one] for one in found] == [[0], [], [2, 1], [0]]
+    for latents in (latents for one in found for latents in one):
+        assert latents.shape == (3, 8, 8)
+        assert sorted(latents.mean((1, 2)).round().tolist()) == [-1, -1, 1]
+    assert decoder._prompts([Request(("b",), "text", 1, 0, SETTINGS)]) == [prompts[1]]
+    assert len(calls) == 1
 
 
 def test_bf16_copy_keeps_tables_in_fp32():
@@ -294,16 +308,3 @@ def test_eoi_is_never_sampled(model, tokenizer):
     finally:
         model.text_head = head
     assert len(generation.segments) == 1
-
-
-def test_by_columns_is_the_same_model_in_another_layout():
-    model = Transfusion(261, (3, 8, 8), 4, 32, 1, 4, max_seq_len=96).materialize("cpu", 0)
-    copied = by_columns(model)
-    for (name, weight), other in zip(model.named_parameters(), copied.parameters(), strict=True):
-        assert torch.equal(weight, other), name
-    linear, other = model.text_head.weight, copied.text_head.weight
-    assert (linear.stride(), other.stride()) == ((32, 1), (1, 261))
-    shared, own = model.transformer.blocks[0].feed_forward, copied.transformer.blocks[0].feed_forward
-    assert own.gate_up_proj.weight.stride() == (1, 2 * shared.down_proj.in_features)
-    assert own.down_proj.weight is shared.down_proj.weight  # of fewer outputs: by rows as it was
-    assert copied.embedding.weight is model.embedding.weight

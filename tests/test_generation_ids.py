@@ -83,7 +83,7 @@ def test_cached_and_batched_equals_uncached_and_alone(model, tokenizer, requests
     asked, codes = requests(), []
     for generation in decoder.generate(asked):
         request = asked[generation.request]
-        wanted = naive_generate(model, decoder._prompt(request), request, generation.sample)
+        wanted = naive_generate(model, decoder._prompts([request])[0], request, generation.sample)
         text = "".join(s for s in generation.segments if isinstance(s, str))
         assert text == "".join(tokenizer.decode(list(run)) for run in runs_of_ids(wanted))
         pictures = [s for s in generation.segments if not isinstance(s, str)]
@@ -168,7 +168,7 @@ def test_an_image_id_is_never_in_text_and_no_other_in_an_image(model, tokenizer,
 def test_a_given_picture_is_its_ids(model, tokenizer):
     """Between BOI and EOI, at V + code."""
     decoder = Generator(model, None, tokenizer, BlockIds(4, 3))
-    prompt = decoder._prompt(Request(("a", RED), "text", 1, 0, SETTINGS))
+    prompt = decoder._prompts([Request(("a", RED), "text", 1, 0, SETTINGS)])[0]
     code = (2 * 3 + 0) * 3 + 0  # red of two, neither green nor blue
     assert prompt[2:] == [BOI_ID, *[V + code] * 4, EOI_ID]
     assert len(logits_after(model, prompt)) == V + 27

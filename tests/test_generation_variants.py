@@ -14,7 +14,8 @@ import torch
 
 from tests.reference.generation import naive_generate
 from tests.test_generation import DDPM, FLOW, RED, SETTINGS, Biased, Recorder, requests, runs_of_ids, same
-from tfusion.generation import Generator, bf16_copy, by_columns
+from tfusion.generation import Generator, bf16_copy
+from tfusion.models.packed_linear import can_be_packed, packed
 from tfusion.models.transfusion import Transfusion
 from tfusion.requests import GenerationConfig, Request
 from tfusion.samplers import Sampler
@@ -62,7 +63,7 @@ def check_naive(model: Transfusion, process: Any, tokenizer: TextTokenizer, want
     count = 0
     for generation in decoder.generate(wanted):
         request = wanted[generation.request]
-        expected = naive_generate(model, process, decoder._prompt(request), request, generation.sample)
+        expected = naive_generate(model, process, decoder._prompts([request])[0], request, generation.sample)
         texts = [segment for segment in generation.segments if isinstance(segment, str)]
         assert texts == [tokenizer.decode(list(run)) for run in runs_of_ids(expected)]
         for latents in (item for item in expected if not isinstance(item, int)):
@@ -151,15 +152,15 @@ def test_an_interval_that_is_none_is_refused(interval: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["unet", "conv"])
-def test_bf16_and_column_copies_generate(name: str, tokenizer: TextTokenizer) -> None:
-    """A copy by columns the same latents; one in bf16 runs and stays near."""
+def test_bf16_and_packed_copies_generate(name: str, tokenizer: TextTokenizer) -> None:
+    """A packed copy the same latents; one in bf16 runs and stays near."""
     model = Transfusion(261, (3, 8, 8), 4, 32, 2, 4, max_seq_len=96, **VARIANTS[name]).materialize("cpu", 0)
     draws = torch.Generator().manual_seed(1)
     weight = model.patch_decoder.proj.weight
     weight.data = 0.1 * torch.randn(weight.shape, generator=draws)
     config = GenerationConfig(num_inference_steps=4, guidance_scale=2.0)
     seen = []
-    for copied in (model, by_columns(model), bf16_copy(model)):
+    for copied in (model, packed(model) if can_be_packed(model) else model, bf16_copy(model)):
         recorder = Recorder()
         Generator(copied, FLOW, tokenizer, recorder).generate([Request((RED, "red"), "image", 1, 0, config)])
         seen += recorder.seen

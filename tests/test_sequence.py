@@ -326,17 +326,20 @@ def test_step_counts_are_labels_and_noised_images() -> None:
 
 
 def test_a_rows_numbers_are_its_own_generators() -> None:
-    """Uniforms, then noises, a call each; no neighbour, place or content changes them."""
-    rows = [[Document(([5], picture(0)))], [Document(([6],))], []]
+    """Uniforms, then noises of the images that are there, a call each; no neighbour, place or text changes them, and
+    (of sizes that 16 divides, as these) images behind only add theirs.
+    """
+    rows = [[Document(([5], picture(0)))], [Document(([6],))], [Document(([5], picture(0), picture(1)))]]
     seeds = [("train", 3, n) for n in range(3)]
     batch = collate(rows, SHAPE, seeds)
-    for b in range(3):
-        row = generator(*seeds[b])
-        assert torch.equal(batch.time_uniforms[b * K : (b + 1) * K], torch.rand(K, generator=row))
-        assert torch.equal(batch.noise[b * K : (b + 1) * K], torch.randn(K, *LATENT, generator=row))
-        alone = collate([rows[b - 1]], SHAPE, [seeds[b]])
-        assert torch.equal(alone.noise, batch.noise[b * K : (b + 1) * K])
-        assert torch.equal(alone.time_uniforms, batch.time_uniforms[b * K : (b + 1) * K])
+    for b, images in enumerate((1, 0, 2)):
+        row, slots = generator(*seeds[b]), slice(b * K, (b + 1) * K)
+        assert torch.equal(batch.time_uniforms[slots], torch.rand(K, generator=row))
+        noise = torch.randn(images, *LATENT, generator=row)
+        assert torch.equal(batch.noise[slots], torch.cat([noise, torch.zeros(K - images, *LATENT)]))
+        alone = collate([[Document(([7, 8], *[picture(2)] * K))]], SHAPE, [seeds[b]])
+        assert torch.equal(alone.noise[:images], batch.noise[slots][:images])
+        assert torch.equal(alone.time_uniforms, batch.time_uniforms[slots])
     assert len(batch.time_uniforms.unique()) == 3 * K
     assert batch.time_uniforms.min() >= 0
     assert batch.time_uniforms.max() < 1

@@ -39,7 +39,7 @@ TIERS = [
         "models.autoencoder",
         "tokenizers",
     },
-    {"rows"},
+    {"rows", "models.packed_linear"},
     {"replay"},
     {"denoising", "image_tokens"},
     {"decoding"},

@@ -14,6 +14,7 @@ image, C, h, w latent channels and size, V vocabulary, N labelled text positions
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -54,14 +55,17 @@ class Document:
     eos: bool = True
     next_id: int | None = None
 
-    @property
+    @functools.cached_property
     def images(self) -> tuple[Image, ...]:
         return tuple(e for e in self.elements if isinstance(e, Image))
 
+    @functools.cached_property
+    def _num_ids(self) -> int:
+        return sum(2 if isinstance(e, Image) else len(e) for e in self.elements) + self.bos + self.eos
+
     def length(self, num_patches: int) -> int:
         """Positions it takes, markers included."""
-        inner = sum(num_patches + 2 if isinstance(e, Image) else len(e) for e in self.elements)
-        return inner + self.bos + self.eos
+        return self._num_ids + num_patches * len(self.images)
 
     def cut(self, room: int) -> tuple[Document, Document | None]:
         """The first `room` positions and the rest, which is None when only EOS is left: it is the head's label."""
@@ -173,7 +177,7 @@ class Batch:
     image_starts: Tensor  # (I,) int64; position of the first patch in its row
     noise_limits: Tensor  # (I,) float32; 0 = clean
     time_uniforms: Tensor  # (I,) float32 in [0, 1)
-    noise: Tensor  # (I, C, h, w) float32
+    noise: Tensor  # (I, C, h, w) float32; 0 in empty slots
     step_counts: Tensor  # (2,) float32; this rank's labelled tokens and noised images in the whole optimizer step
     images: Tensor | None = None  # (I, 3, H, W) uint8, or
     latents: Tensor | None = None  # (I, C, h, w) float32
@@ -202,7 +206,7 @@ def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence
         shape: the static sizes.
         seeds: what row b's generator is seeded by, such as (seed, global step, global row).
     """
-    B, T, K = len(rows), shape.seq_len, shape.max_images
+    B, T, P, K = len(rows), shape.seq_len, shape.num_patches, shape.max_images
     assert len(seeds) == B, "one seed a row"
     token_ids = np.full((B, T), PAD_ID, np.int64)
     labels = np.full((B, T), IGNORE_INDEX, np.int64)
@@ -213,31 +217,38 @@ def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence
     valid = np.zeros(B * K, bool)
     limits = np.ones(B * K, np.float32)
     keys = [""] * (B * K)
-    pictures = torch.zeros((B * K, *(shape.image_shape or shape.latent_shape)))
-    pictures = pictures.to(torch.uint8) if shape.image_shape else pictures
+    held = torch.uint8 if shape.image_shape else torch.float32
+    pictures = torch.zeros((B * K, *(shape.image_shape or shape.latent_shape)), dtype=held)
+    indices = np.arange(T)
 
     for b, documents in enumerate(rows):
         at, slot = 0, b * K
         for d, document in enumerate(documents):
-            ids, targets, offsets = _lay_out(document, shape.num_patches)
-            end = at + len(ids)
-            token_ids[b, at:end], labels[b, at:end] = ids, targets
-            document_ids[b, at:end], position_ids[b, at:end] = d, np.arange(len(ids))
-            for image, offset in zip(document.images, offsets, strict=True):
-                start = at + offset
-                image_ids[b, start : start + shape.num_patches] = slot
-                starts[slot], valid[slot], limits[slot], keys[slot] = start, True, image.noise_limit, image.key
-                if image.data.shape != pictures.shape[1:] or image.data.dtype != pictures.dtype:
+            begin = at
+            for element in _pieces(document):
+                if not isinstance(element, Image):
+                    token_ids[b, at : at + len(element)] = element
+                    at += len(element)
+                    continue
+                if element.data.shape != pictures.shape[1:] or element.data.dtype != held:
                     raise ValueError(
-                        f"an image is {image.data.dtype} {tuple(image.data.shape)}, rows of this run hold "
-                        f"{pictures.dtype} {tuple(pictures.shape[1:])}: convert the corpus's images"
+                        f"an image is {element.data.dtype} {tuple(element.data.shape)}, rows of this run hold "
+                        f"{held} {tuple(pictures.shape[1:])}: convert the corpus's images"
                     )
-                pictures[slot] = image.data
-                slot += 1
-            at = end
+                pictures[slot] = element.data
+                starts[slot], valid[slot], limits[slot], keys[slot] = at + 1, True, element.noise_limit, element.key
+                token_ids[b, at], token_ids[b, at + P + 1] = BOI_ID, EOI_ID
+                image_ids[b, at + 1 : at + P + 1] = slot
+                slot, at = slot + 1, at + P + 2
+            if at == begin:
+                continue
+            document_ids[b, begin:at], position_ids[b, begin:at] = d, indices[: at - begin]
+            labels[b, begin : at - 1] = token_ids[b, begin + 1 : at]
+            labels[b, at - 1] = IGNORE_INDEX if document.next_id is None else document.next_id
         assert at <= T and slot <= (b + 1) * K, "a row holds more than its shape allows"
+    labels[(token_ids == BOI_ID) | (image_ids >= 0)] = IGNORE_INDEX  # no loss at BOI (Transfusion, fn. 8) and patches
 
-    uniforms, noise = _draw(shape, seeds)
+    uniforms, noise = _draw(shape, seeds, valid.reshape(B, K).sum(1))
     positions = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
     padding = -len(positions) % LABEL_MULTIPLE if len(positions) else LABEL_MULTIPLE
     text_labels = np.pad(labels.reshape(-1)[positions], (0, padding), constant_values=IGNORE_INDEX)
@@ -262,30 +273,21 @@ def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence
     )
 
 
-def _lay_out(document: Document, num_patches: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Ids, labels, and where each image's first patch stands, all within the document."""
-    pieces: list[Sequence[int]] = [[BOS_ID]] if document.bos else []
-    length, offsets = len(pieces), []
-    for element in document.elements:
-        if isinstance(element, Image):
-            offsets.append(length + 1)
-            element = [BOI_ID, *[PAD_ID] * num_patches, EOI_ID]
-        pieces.append(element)
-        length += len(element)
+def _pieces(document: Document) -> Iterator[Sequence[int] | Image]:
+    """What stands in a row, one after another."""
+    if document.bos:
+        yield (BOS_ID,)
+    yield from document.elements
     if document.eos:
-        pieces.append([EOS_ID])
-    ids = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
-    labels = np.append(ids[1:], IGNORE_INDEX if document.next_id is None else document.next_id)
-    for offset in offsets:
-        labels[offset - 1 : offset + num_patches] = IGNORE_INDEX  # inputs BOI and the patches
-    return ids, labels, offsets
+        yield (EOS_ID,)
 
 
-def _draw(shape: RowShape, seeds: Sequence[tuple[int | str, ...]]) -> tuple[Tensor, Tensor]:
-    """Each row's K uniforms and K noises, from its own generator: (I,) and (I, C, h, w)."""
-    uniforms, noise = [], []
-    for parts in seeds:
+def _draw(shape: RowShape, seeds: Sequence[tuple[int | str, ...]], images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Each row's K uniforms, and noise for the images it has, from its own generator: (I,) and (I, C, h, w)."""
+    K = shape.max_images
+    uniforms, noise = [], torch.zeros(len(seeds) * K, *shape.latent_shape)
+    for b, parts in enumerate(seeds):
         row = generator(*parts)
-        uniforms.append(torch.rand(shape.max_images, generator=row))
-        noise.append(torch.randn(shape.max_images, *shape.latent_shape, generator=row))
-    return torch.cat(uniforms), torch.cat(noise)
+        uniforms.append(torch.rand(K, generator=row))
+        noise[b * K : b * K + images[b]] = torch.randn(int(images[b]), *shape.latent_shape, generator=row)
+    return torch.cat(uniforms), noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,26 @@ def test_where_keeps_rows(tmp_path: Path) -> None:
     (folder / "metadata.csv").write_text("file_name,text,even\n" + rows)
     corpus = ImageFiles(str(folder), S, val_share=0.0, where={"even": True})
     assert sorted(as_is(corpus.load("train"))) == [place_of(n) for n in range(0, N, 2)] and corpus.tables()[0].bad == []
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_bad_pictures_of_metadata_are_named_with_its_line(tmp_path: Path, kind: str) -> None:
+    write_pictures(tmp_path)
+    (tmp_path / place_of(2)).write_bytes(b"no picture")
+    (tmp_path / place_of(4)).unlink()
+    lines = [(place_of(n), "" if n == 6 else "a caption") for n in range(N)] + [(place_of(2), "again")]
+    if kind == "jsonl":
+        rows = "".join(json.dumps({"file_name": place, "text": text}) + "\n" for place, text in lines)
+    else:
+        rows = "file_name,text\n" + "".join(f"{place},{text}\n" for place, text in lines)
+    (tmp_path / f"metadata.{kind}").write_text(rows)
+    corpus = ImageFiles(str(tmp_path), S, val_share=0.0)
+    assert len(corpus.load("train")) == N - 3
+    found = {record.file: record.detail for record in corpus.tables()[0].bad}
+    first = 1 if kind == "jsonl" else 2
+    assert set(found) == {place_of(n) for n in (2, 4, 6)}
+    assert all(found[place_of(n)].endswith(f"(metadata.{kind} line {n + first})") for n in (2, 4, 6))
+    assert found[place_of(6)] == f"(metadata.{kind} line {6 + first})"  # nothing else is to be said of it
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])

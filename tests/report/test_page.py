@@ -175,6 +175,15 @@ def test_what_has_no_content_is_left_out() -> None:
     assert "Measurements" in read.said("h2") and not read.all("img")
 
 
+def test_without_pictures_it_says_how_to_get_them() -> None:
+    none = replace(validation(), examples=[])
+    assert "Pictures made" not in Reader(render(none)).said("h2")  # such as an autoencoder's
+    assert "Pictures made" not in Reader(render(none, examples=0, hint=True)).said("h2")
+    read = Reader(render(none, hint=True))
+    assert "Pictures made" in read.said("h2") and not read.all("img")
+    assert "configs/metrics/reference.yaml" in " ".join(map(str, read.said("code")))
+
+
 def test_attribution_stands_at_the_bottom(page: str, read: Reader) -> None:
     assert read.said("p")[-2:] == ["Tiles by Tiler, CC BY", "Photos by Ann"]
     assert page.rindex("Tiles by Tiler") > page.rindex("</section>")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tests.models.test_attention import random_layout
 from tfusion.models.attention import training_mask
 from tfusion.models.compilers import has_compiler
 from tfusion.models.transformer import Transformer
-from tfusion.requests import GenerationConfig
+from tfusion.requests import GenerationConfig, Request
 
 STEPS = 6
 
@@ -29,8 +31,14 @@ class Watch(L.Callback):
         self.graphs.append(counters["stats"]["unique_graphs"])
 
 
+@pytest.fixture
+def unpacked(monkeypatch):
+    """As on CUDA: what generates shares the weights that learn, where it is not held."""
+    monkeypatch.setattr("tfusion.training.multimodal.can_be_packed", lambda model: False)
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_compiled_equals_eager_and_compiles_once(tiny_module, tiny_data, tiny_trainer, recompute):
+def test_compiled_equals_eager_and_compiles_once(tiny_module, tiny_data, tiny_trainer, recompute, unpacked):
     runs = {}
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -122,6 +130,18 @@ def test_without_a_compiler_nothing_is_compiled_and_that_is_said(
     assert "there is no no-such-compiler here, so nothing is compiled" in caplog.text
 
 
+def test_without_the_headers_of_python_nothing_is_compiled(monkeypatch, caplog):
+    """As of a Debian without python3-dev: inductor's code includes Python.h."""
+    has_compiler.cache_clear()
+    assert has_compiler("cpu")
+    has_compiler.cache_clear()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    with caplog.at_level("WARNING"):
+        assert not has_compiler("cpu")
+    has_compiler.cache_clear()
+    assert "there is no Python.h (of Debian's python3-dev) here, so nothing is compiled for cpu" in caplog.text
+
+
 def test_blocks_are_compiled_where_weights_were_there_before(tiny_module, tiny_data, tiny_trainer):
     torch._dynamo.reset()
     counters.clear()
@@ -131,18 +151,46 @@ def test_blocks_are_compiled_where_weights_were_there_before(tiny_module, tiny_d
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_what_is_held_is_apart_from_what_learns(tiny_module, tiny_data, tiny_trainer, byte_tokenizer):
+@pytest.mark.parametrize("packs", [True, False])
+def test_what_is_held_is_apart_from_what_learns(tiny_module, tiny_data, tiny_trainer, packs, request):
     """Until the next run of a Trainer, which generates from the weights of then."""
+    if not packs:
+        request.getfixturevalue("unpacked")
     module = tiny_module(ema=False)
     tiny_trainer(1).fit(module, tiny_data())
     module.hold_generation_model()
-    request = {"segments": ["red"], "generate": "image", "num_inference_steps": 2}
-    [held] = module.generate([request])
+    asked = [{"segments": ["red"], "generate": "image", "num_inference_steps": 2}]
+    [held] = module.generate(asked)
     with torch.no_grad():
         for parameter in module.model.parameters():
             parameter.normal_()
-    [same] = module.generate([request])
+    [same] = module.generate(asked)
     assert same.segments[0].tobytes() == held.segments[0].tobytes()
     tiny_trainer(2).fit(module, tiny_data())
-    [new] = module.generate([request])
+    [new] = module.generate(asked)
     assert new.segments[0].tobytes() != held.segments[0].tobytes()
+
+
+@pytest.mark.parametrize("samples", [499, 500, None])
+@pytest.mark.parametrize("way", ["compiled", "packed", "not asked for"])
+def test_what_generates_is_compiled_for_many_samples_where_it_is_not_packed(tiny_module, monkeypatch, way, samples):
+    calls = []
+    monkeypatch.setattr(Transformer, "compile_blocks", lambda self, dynamic: calls.append(dynamic))
+    module = tiny_module(compile_blocks=way != "not asked for")
+    module.materialize("cpu")
+    if way == "compiled":
+        module = module.double()
+    module.hold_generation_model(samples)
+    assert calls == [True] * (way == "compiled" and samples != 499)
+
+
+def test_predict_counts_the_samples_of_a_rank(tiny_module, monkeypatch):
+    module, seen = tiny_module(), []
+    monkeypatch.setattr(module, "check_requests", lambda requests: None)
+    monkeypatch.setattr(module, "hold_generation_model", seen.append)
+    requests = [Request(("a",), "image", n) for n in (3, 1, 4)]
+    for ranks in (1, 2):
+        trainer = SimpleNamespace(world_size=ranks, datamodule=SimpleNamespace(requests=requests))
+        monkeypatch.setattr(type(module), "trainer", trainer)
+        module.on_predict_start()
+    assert seen == [8, 4]

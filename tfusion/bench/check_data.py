@@ -106,8 +106,10 @@ def describe(report: dict[str, Any]) -> str:
     for kind in ("image", "text"):
         if kind in report["epochs"]:
             epoch = report["epochs"][kind]
+            seconds = epoch["seconds"]
+            time = f"{seconds / 60:,.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
             lines.append(
-                f"one epoch of {kind}: {epoch['steps']:,.0f} steps, {epoch['seconds'] / 60:,.1f} minutes at "
+                f"one epoch of {kind}: {epoch['steps']:,.0f} steps, {time} at "
                 f"{report['epochs']['tokens_per_s']:,.0f} positions a second (train/tokens_per_s; --tokens-per-s)"
             )
     return "\n".join(lines) + "\n"

@@ -28,6 +28,7 @@ SEEDS = ("model.init_args.seed", "data.seed")
 IGNORED = (
     *SEEDS,
     "model.init_args.generation",
+    "model.init_args.compile_blocks",
     "model.init_args.model.init_args.attention_backend",
     "model.init_args.model.init_args.activation_checkpointing",
     "data.lanes",

@@ -38,6 +38,7 @@ from tfusion.bench.setting import DEVICE, in_turn, median, wait
 from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.data.steps import MicroBatches
 from tfusion.sequence import Batch
+from tfusion.training.trainer_settings import precision_on
 
 LOOKED_AT = 16  # batches, of which one becomes the resident one
 
@@ -63,7 +64,8 @@ class Bench:
 
     def __init__(self, module: L.LightningModule, data: MultimodalDataModule, settings: Any) -> None:
         self.module, self.data, self.workers = module, data, data.num_workers
-        self.precision, self.clip = settings.precision or "32-true", settings.gradient_clip_val
+        self.precision = precision_on(DEVICE.type, settings.precision or "32-true")  # as `fit` has it
+        self.clip = settings.gradient_clip_val
         self.micro_batches = settings.accumulate_grad_batches or 1
 
     def trainer(self, steps: int, callbacks: list[L.Callback]) -> L.Trainer:

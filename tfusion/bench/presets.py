@@ -133,11 +133,13 @@ def main(args: list[str] | None = None) -> None:
         parser.error(f"got --images {options.images}, expected at least 2: a distance needs a covariance")
     if missing := [str(file) for file in options.presets if not file.is_file()]:
         parser.error(f"no such preset: {', '.join(missing)}")
-    module = load(options.run)
-    corpus = load_data(options.run).image_corpora[0]
+    try:
+        module, corpus = load(options.run), load_data(options.run).image_corpora[0]
+    except ValueError as error:
+        parser.error(str(error))
     if not getattr(corpus, "scenes", False):
         parser.error(f"the run's corpus is {corpus.name!r}; scenes are read from pictures of shapes alone")
-    module.hold_generation_model(text=False)
+    module.hold_generation_model()
     held, slowest = Held(corpus.load("val")), None
     for file in options.presets:
         maker = Maker(module, replace(module.generation, **settings_of(file)), options.batch_size)

@@ -62,7 +62,10 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the run folder")
     parser.add_argument("--checkpoint", default="last", help="last, best or a path")
     run, checkpoint = vars(parser.parse_args(args)).values()
-    module, data = load(run, checkpoint), load_data(run)
+    try:
+        module, data = load(run, checkpoint), load_data(run)
+    except ValueError as error:
+        parser.error(str(error))
     pictures = list(data.image_corpora[0].load("train"))
     result = {
         "train_s": training_seconds(run),

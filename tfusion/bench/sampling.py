@@ -14,8 +14,9 @@
   an image of the `best` of them over ours; `dit` is a `diffusers` DiT of the same size in its pipeline (`dit.py`: what
   differs), `ratio_to_dit` the same of it, `evaluation_ratio_to_dit` of one evaluation. Of medians, but `fastest_...`.
 
-Ours is `TransfusionModule.generate`; in bf16 it runs on one bf16 copy of the weights, made within what is timed.
-`--compile`: on one made and compiled before, and so is the forward beside it; the others run as they come, uncompiled.
+Ours is `TransfusionModule.generate` on a copy of the weights made within what is timed, in bf16 or (fp32 on a CPU) with
+packed matrices. `--compile`: on one made before and compiled, if it is not packed, and so is the forward beside it, as
+`predict` of many samples has it; the others run as they come, uncompiled.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tfusion.bench.llama import DTYPES
 from tfusion.bench.peer import PACKAGE, Peer
 from tfusion.bench.setting import Sizes, in_turn, median, parameters_of, parser, prompts_of, ready_to_generate, sizes_of
 from tfusion.generation import bf16_copy
+from tfusion.models.packed_linear import can_be_packed
 from tfusion.requests import GenerationConfig
 from tfusion.samplers import Sampler
 from tfusion.training.transfusion import TransfusionModule
@@ -48,7 +50,7 @@ def measure(
         guidance: scale, 1 = off.
         prompt_len: ids before the image.
         with_peer: time the others, too.
-        compiled: what generates is made and compiled before, as `predict` has it with `compile_blocks`.
+        compiled: what generates is made before, and compiled or packed.
 
     Raises:
         ValueError: fewer than 2 evaluations.
@@ -60,12 +62,13 @@ def measure(
     texts, ids = prompts_of(sizes.batch, prompt_len)
     requests = [{"segments": [text], "generate": "image", "seed": n} for n, text in enumerate(texts)]
     evaluations = Evaluations()
+    packed = sizes.dtype == "fp32" and can_be_packed(module.model)
     if compiled:
         module.compile_blocks = True
-        module.hold_generation_model(text=False)
+        module.hold_generation_model()
         [model] = module._held
     else:
-        model = bf16_copy(module.model) if sizes.dtype == "bf16" else module.model
+        model = bf16_copy(module.model) if sizes.dtype == "bf16" else module._generation_model()
     rows = sizes.batch * (1 if guidance == 1 else 2)
     forwards = plain_forwards(model, sizes.batch, rows, nfe, evaluations.mark)
 
@@ -83,7 +86,8 @@ def measure(
     evaluation_s, forward_s = (evaluations.seconds(name, sizes.warmup) for name in ("ours", "forward"))
     rate = matmul_rate(DTYPES[sizes.dtype])
     result = sizes.report() | {
-        "compiled": compiled,
+        "compiled": compiled and not packed,
+        "packed": packed,
         "prompt_len": prompt_len,
         "guidance": guidance,
         "nfe": evaluations.counts["ours"],
@@ -133,7 +137,7 @@ def main(args: list[str] | None = None) -> None:
     made.add_argument("--nfe", type=int, default=50, help="network evaluations an image")
     made.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance; 1 = off")
     made.add_argument("--prompt-len", type=int, default=32, help="text ids before the image")
-    made.add_argument("--compile", action="store_true", help="what generates is compiled, as predict's compile_blocks")
+    made.add_argument("--compile", action="store_true", help="what generates is made before and compiled")
     options = made.parse_args(args)
     result = measure(
         sizes_of(options), options.nfe, options.guidance, options.prompt_len, options.peer, options.compile

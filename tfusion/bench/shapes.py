@@ -33,7 +33,10 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="last", help="last, best or a path")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes, the first of the split")
     options = parser.parse_args(args)
-    module, data = load(options.run, options.checkpoint), load_data(options.run)
+    try:
+        module, data = load(options.run, options.checkpoint), load_data(options.run)
+    except ValueError as error:
+        parser.error(str(error))
     corpus = data.image_corpora[0].load("val")
     scenes = [corpus[i] for i in range(min(options.scenes, len(corpus)))]
     captions = [scene.captions[0] for scene in scenes]

@@ -9,8 +9,8 @@
   `ratio_to_peer` ours to its; `llama` is `transformers`' Llama of the same size with its static cache (`llama.py`), in
   eager mode and compiled, `ratio_to_llama` ours to the `best` of them. All of medians, but `fastest_...`.
 
-Ours is `TransfusionModule.generate`, from characters to characters; in bf16 it runs on one bf16 copy of the weights,
-made within what is timed. `--compile`: on one made and compiled before, as `predict` has it with `compile_blocks`.
+Ours is `TransfusionModule.generate`, from characters to characters, on a copy of the weights made within what is timed,
+in bf16 or (fp32 on a CPU) with packed matrices. `--compile`: on one made before and compiled, if it is not packed.
 Of the others the ids are given and taken, and a Llama in bf16 has its weights so before.
 """
 
@@ -24,6 +24,7 @@ from tfusion.bench.flops import matmul_rate
 from tfusion.bench.llama import DTYPES, Llama
 from tfusion.bench.peer import PACKAGE, Peer
 from tfusion.bench.setting import Sizes, in_turn, median, parameters_of, parser, prompts_of, ready_to_generate, sizes_of
+from tfusion.models.packed_linear import can_be_packed
 from tfusion.requests import GenerationConfig
 
 
@@ -35,6 +36,7 @@ def measure(sizes: Sizes, prompt_len: int, new_tokens: int, with_peer: bool, com
     requests = [{"segments": [text], "generate": "text"} for text in texts]
     steps: list[None] = []  # a bf16 copy of the model keeps its hooks
     module.model.text_head.register_forward_pre_hook(lambda *_: steps.append(None))
+    packed = sizes.dtype == "fp32" and can_be_packed(module.model)
     if compiled:
         module.compile_blocks = True
         module.hold_generation_model()
@@ -48,7 +50,8 @@ def measure(sizes: Sizes, prompt_len: int, new_tokens: int, with_peer: bool, com
     times = in_turn(calls, sizes.rounds, sizes.warmup)
     written = len(steps) // (sizes.rounds + sizes.warmup) // len(ours)  # by each sample: none ends before it must
     result = sizes.report() | {
-        "compiled": compiled,
+        "compiled": compiled and not packed,
+        "packed": packed,
         "prompt_len": prompt_len,
         "new_tokens": written,
         **_figures(times["ours"], sizes.batch * written),
@@ -84,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
     made = parser(__doc__, batch=1, dtype="fp32", rounds=5, warmup=1)
     made.add_argument("--prompt-len", type=int, default=32, help="text ids given")
     made.add_argument("--new-tokens", type=int, default=128, help="text ids written")
-    made.add_argument("--compile", action="store_true", help="what generates is compiled, as predict's compile_blocks")
+    made.add_argument("--compile", action="store_true", help="what generates is made before and compiled")
     options = made.parse_args(args)
     result = measure(sizes_of(options), options.prompt_len, options.new_tokens, options.peer, options.compile)
     sys.stdout.write(json.dumps(result) + "\n")

@@ -69,6 +69,7 @@ class ValidationReport(pl.Callback):
             config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
             attribution_of(trainer.datamodule),  # type: ignore[attr-defined]
             self.examples,
+            hint=_makes_pictures(trainer, pl_module),
         )
         write_atomically(root / "report.html", page)
         sys.stdout.write(f"{root / 'validation.json'}\n{root / 'report.html'}\n")
@@ -99,6 +100,12 @@ class ValidationReport(pl.Callback):
             seconds=seconds,
             total_seconds=time.monotonic() - self._started_s,
         )
+
+
+def _makes_pictures(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether `configs/metrics/reference.yaml` could have pictures made and captions written."""
+    does = all(getattr(module, name, False) for name in ("predicts_images", "predicts_text"))
+    return does and bool(trainer.datamodule.image_corpora)  # type: ignore[attr-defined]
 
 
 def _step_of(checkpoint: str | Path) -> int | None:

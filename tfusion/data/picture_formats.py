@@ -92,7 +92,7 @@ def _pair_units(root: Path, pictures: list[Path], texts: list[Path]) -> list[tup
         elif stem not in captions:
             units.append(("bad", key, file, "no caption", f"there is no {os.path.basename(stem)}.txt beside it"))
         else:
-            units.append(("file", key, str(picture), file, captions[stem]))
+            units.append(("file", key, str(picture), file, captions[stem], ""))
         seen.add(stem)
     units += [
         ("bad", relative(stem, root), relative(text, root), "no picture", "a caption file without its picture")
@@ -105,6 +105,7 @@ def _pair_units(root: Path, pictures: list[Path], texts: list[Path]) -> list[tup
 def _metadata_units(root: Path, metadata: list[Path], pictures: list[Path], options: dict[str, Any]) -> list[tuple]:
     units: list[tuple] = []
     captions: dict[str, list[str]] = {}  # several lines of one picture are several captions of it
+    places: dict[str, str] = {}  # where each is named first
     for file in metadata:
         name = relative(file, root)
         read = _jsonl_rows if file.suffix.lower() == ".jsonl" else _csv_rows
@@ -123,9 +124,10 @@ def _metadata_units(root: Path, metadata: list[Path], pictures: list[Path], opti
             elif wanted(row, options["where"]):
                 picture = os.path.normpath(os.path.join(file.parent, row[of_file]))
                 captions.setdefault(picture, []).extend(as_captions(row.get(of_caption)))
+                places.setdefault(picture, f"{name} line {line}")
     for picture, texts in captions.items():
         key = relative(picture, root)
-        units.append(("file", key, picture, key, texts))
+        units.append(("file", key, picture, key, texts, places[picture]))
     if not options["where"]:
         for key in (relative(picture, root) for picture in pictures if str(picture) not in captions):
             units.append(("bad", key, key, "no caption", "no line of the metadata names it"))

@@ -100,15 +100,24 @@ def _read_bad(key: str, file: str, cause: str, detail: str, options: dict[str, A
     yield bad(key, file, cause, detail) | EMPTY
 
 
-def _read_file(key: str, path: str, file: str, captions: str | list[str], options: dict[str, Any]) -> Iterator[dict]:
-    """A picture file and its captions, or the file that they are in."""
+def _read_file(
+    key: str, path: str, file: str, captions: str | list[str], place: str, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """A picture file and its captions, or the file that they are in; `place` is where metadata names it, if it does."""
+    record = _file_record(key, path, file, captions, options)
+    if record["cause"] and place:
+        record["detail"] = f"{record['detail']} ({place})".lstrip()
+    yield record
+
+
+def _file_record(key: str, path: str, file: str, captions: str | list[str], options: dict[str, Any]) -> dict[str, Any]:
     try:
         texts = captions if isinstance(captions, list) else caption_lines(Path(captions).read_bytes())
-        yield make_record(key, file, Path(path).read_bytes(), Path(path).suffix[1:], texts, options)
+        return make_record(key, file, Path(path).read_bytes(), Path(path).suffix[1:], texts, options)
     except UnicodeDecodeError as error:
-        yield bad(key, f"{file.rsplit('.', 1)[0]}.txt", "not UTF-8", f"byte {error.start + 1}") | EMPTY
+        return bad(key, f"{file.rsplit('.', 1)[0]}.txt", "not UTF-8", f"byte {error.start + 1}") | EMPTY
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte or half a surrogate pair
-        yield bad(key, file, "no picture", f"{type(error).__name__}: {getattr(error, 'strerror', error)}") | EMPTY
+        return bad(key, file, "no picture", f"{type(error).__name__}: {getattr(error, 'strerror', error)}") | EMPTY
 
 
 def _read_tar(path: str, name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,7 @@ from tfusion.data.record_builder import Reader, RecordBuilder
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raised when what a reader makes of a file changes
+VERSION = 2  # raised when what a reader makes of a file changes
 BYTES_A_PROCESS = 2**25  # of files; fewer are not worth another process
 COMMON = {  # of every table; `content` is a hash of what the record holds
     "key": datasets.Value("string"),

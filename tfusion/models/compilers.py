@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +26,12 @@ def compilers(device_type: str) -> list[str]:
 def has_compiler(device_type: str) -> bool:
     """Whether `torch.compile` finds what it needs there; where not, that is said."""
     needed = compilers(device_type)
-    if any(map(shutil.which, needed)):
-        return True
-    log.warning(
-        "there is no %s here, so nothing is compiled for %s (blocks, flex attention), which is slower; install it",
-        *(" or ".join(needed), device_type),
-    )
-    return False
+    missing = [] if any(map(shutil.which, needed)) else [" or ".join(needed)]
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():  # what is compiled is called from Python
+        missing.append("Python.h (of Debian's python3-dev)")
+    if missing:
+        log.warning(
+            "there is no %s here, so nothing is compiled for %s (blocks, flex attention), which is slower; install it",
+            *(" and no ".join(missing), device_type),
+        )
+    return not missing

@@ -11,6 +11,11 @@ from tfusion.report.charts import draw, style_of
 from tfusion.report.curves import Chart, Curves, timestep_charts, training_charts
 from tfusion.report.validation import COLUMNS, Validation, cells
 
+NO_PICTURES = (
+    "<p>None: the run's settings ask for none. <code>--config configs/metrics/reference.yaml</code> behind its "
+    "config.yaml has pictures made and captions written, and measures them (<code>generation_metrics</code>).</p>"
+)
+
 
 def render(
     validation: Validation,
@@ -18,6 +23,7 @@ def render(
     config: str = "",
     attribution: str = "",
     examples: int = 32,
+    hint: bool = False,
 ) -> str:
     """The page, whole. Sections without content are left out.
 
@@ -27,13 +33,15 @@ def render(
         config: the run's config.yaml.
         attribution: what the corpora ask to be written where their pictures appear.
         examples: pictures of a corpus shown, of each kind; 0 = no pictures at all.
+        hint: where there are none, say how they are had.
     """
     pictured = validation.examples if examples else []
+    missing = NO_PICTURES if hint and examples and not validation.examples else ""
     sections = {
         "Measurements": _table(validation),
         "Curves": _charts(training_charts(curves or {}), "curve"),
         "Loss by timestep": _charts(timestep_charts(curves or {}, validation.measurements), "timestep"),
-        "Pictures made": pictures.grids(pictured, examples),
+        "Pictures made": pictures.grids(pictured, examples) or missing,
         "Captions written": pictures.captions(pictured, examples),
         "Best and worst": pictures.extremes(pictured),
         "Time": _times(validation),

@@ -41,7 +41,8 @@ class ChameleonModule(MultimodalModule):
         generation: default settings for samples and predictions.
         seed: of the initial weights.
         init_from: another run, whose weights a fresh `fit` starts from; None = from random weights.
-        compile_blocks: compile the trunk's blocks in `fit` and `predict`: faster, after a minute of compiling at most.
+        compile_blocks: compile the trunk's blocks in `fit`, and in `predict` of many samples: faster, after a minute
+            of compiling at most.
 
     Raises:
         ValueError: an image tokenizer that gives no ids, or ids of another number than the model's codebook_size.

@@ -8,6 +8,7 @@ Legend: A micro-batches a step, W ranks.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -15,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tfusion.generation import Generator, by_columns
+from tfusion.generation import Generator
 from tfusion.models.base import MultimodalModel
 from tfusion.models.compilers import has_compiler
+from tfusion.models.packed_linear import can_be_packed, packed
 from tfusion.requests import Generation, GenerationConfig, Request, parse_request
 from tfusion.sequence import Batch
 from tfusion.tokenizers import ImageTokenizer
@@ -25,9 +27,12 @@ from tfusion.training.base import TrainedModule
 from tfusion.training.parallel import check_strategy, shard, whole_model
 from tfusion.training.warm_start import InitFrom
 
+log = logging.getLogger(__name__)
+
 # Compiled for generation: one or many rows, one or many positions, with and without a mask, written in one place, in
 # several or behind all rows. torch's own limit of 8 would be reached, and then a block be eager.
 CODES_OF_A_BLOCK = 32
+WORTH_COMPILING = 500  # samples of a rank; a few are there before blocks would be compiled
 
 
 class MultimodalModule(TrainedModule):
@@ -40,7 +45,8 @@ class MultimodalModule(TrainedModule):
         image_tokenizer, lr, betas, eps, weight_decay, warmup_steps, final_lr_share, ema, seed, init_from:
             `TrainedModule`'s.
         generation: default settings for samples and predictions.
-        compile_blocks: compile the trunk's blocks in `fit` and `predict`, where there is a compiler.
+        compile_blocks: compile the trunk's blocks in `fit`, and in `predict` of many samples, where there is a
+            compiler.
     """
 
     image_measure: ClassVar[str]  # the loss of an image in `validation_step`'s "errors", as it is called in metrics
@@ -154,6 +160,7 @@ class MultimodalModule(TrainedModule):
     ) -> list[Generation]:
         """Samples from the evaluation weights, in bf16 where the trainer computes in bf16.
 
+        Each call copies the weights into what it runs on; `hold_generation_model` does so once for many.
         Under FSDP2 every rank has to call it, if only with no requests: gathering the weights is a collective.
 
         Args:
@@ -167,8 +174,7 @@ class MultimodalModule(TrainedModule):
         parsed = [parse_request(request, self.generation) for request in requests]
         numbers = list(range(len(parsed))) if numbers is None else numbers
         self.check_requests(parsed, numbers)
-        text = any(request.generate != "image" for request in parsed)
-        model = self._held[0] if self._held else self._generation_model(text)
+        model = self._held[0] if self._held else self._generation_model()
         device = model.embedding.weight.device.type
         # blocks that training compiled are not for a cache's shapes; predict_step runs inside Lightning's autocast
         stance = torch.compiler.set_stance("default" if self._held else "force_eager")
@@ -196,26 +202,27 @@ class MultimodalModule(TrainedModule):
                     "data.caption_drop 0.1"
                 )
 
-    def hold_generation_model(self, text: bool = True) -> None:
+    def hold_generation_model(self, samples: int | None = None) -> None:
         """Copy what generates once for many calls of `generate`, until the next run of a Trainer, and compile it where
-        `compile_blocks` says so, which takes up to a minute in the first calls.
+        `compile_blocks` says so, which takes up to a minute in the first calls. In fp32 on a CPU nothing is compiled:
+        its matrices are packed (`models/packed_linear.py`). Until then the module itself cannot be copied or pickled.
 
         Args:
-            text: whether any request will write text; where none does, its weights are not laid out for it.
+            samples: how many will be generated, where that is known: for a few nothing is compiled.
         """
-        model = self._generation_model(text)
+        model = self._generation_model()
         if model.embedding.weight is self.evaluation_model.embedding.weight:  # so far it shares weights
             model = copy.deepcopy(model)
-        if self._compiles(model.embedding.weight.device):
-            model.transformer.compile_blocks(dynamic=True)
+        if not can_be_packed(model) and self._compiles(model.embedding.weight.device):
+            if samples is None or samples >= WORTH_COMPILING:
+                model.transformer.compile_blocks(dynamic=True)
+            else:
+                log.info("compile_blocks: nothing is compiled for %d samples (from %d on)", samples, WORTH_COMPILING)
         self._held = [model]
 
-    def _generation_model(self, text: bool) -> MultimodalModel:
+    def _generation_model(self) -> MultimodalModel:
         model = whole_model(self.evaluation_model, self._blank, self._computes_in_bf16())
-        weight = model.embedding.weight
-        if text and weight.device.type == "cpu" and weight.dtype == torch.float32:
-            model = by_columns(model)  # text is one vector times every matrix, token after token
-        return model
+        return packed(model) if can_be_packed(model) else model
 
     def _computes_in_bf16(self) -> bool:
         return "bf16" in str(self.precision if self._trainer is None else self.trainer.precision)
@@ -225,8 +232,9 @@ class MultimodalModule(TrainedModule):
 
     def on_predict_start(self) -> None:
         """All requests are refused or accepted before the first is met; ranks may have unequal numbers of batches."""
-        self.check_requests(self.trainer.datamodule.requests)
-        self.hold_generation_model(any(request.generate != "image" for request in self.trainer.datamodule.requests))
+        requests = self.trainer.datamodule.requests
+        self.check_requests(requests)
+        self.hold_generation_model(sum(request.n for request in requests) // self.trainer.world_size)
 
     def on_predict_end(self) -> None:
         self._held = []

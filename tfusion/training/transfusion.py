@@ -52,7 +52,8 @@ class TransfusionModule(MultimodalModule):
         generation: default settings for samples and predictions.
         seed: of the initial weights.
         init_from: another run, whose weights a fresh `fit` starts from; None = from random weights.
-        compile_blocks: compile the trunk's blocks in `fit` and `predict`: faster, after a minute of compiling at most.
+        compile_blocks: compile the trunk's blocks in `fit`, and in `predict` of many samples: faster, after a minute
+            of compiling at most.
     """
 
     def __init__(
