@@ -2,8 +2,8 @@
 
 `nn.Linear` in fp32 is MKL's product, which packs the matrix anew in every call; here it is packed once. Of a model of
 width 384, on two cores of an AMD Zen 3, one vector times all matrices then takes 0.6, 8 rows 0.5 and 512 rows 0.85 of
-the time (`python -m tfusion.bench.text`, `tfusion.bench.sampling`). Only for inference: there is no backward, and
-weights that learn would have to be packed at every step.
+the time (`bench/results/speed_cpu_202611.md`). Only for inference: there is no backward, and weights that learn would
+have to be packed at every step.
 """
 
 from __future__ import annotations
