@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # Compiled for generation: one or many rows, one or many positions, with and without a mask, written in one place, in
 # several or behind all rows. torch's own limit of 8 would be reached, and then a block be eager.
 CODES_OF_A_BLOCK = 32
-WORTH_COMPILING = 500  # samples of a rank; a few are there before blocks would be compiled
+WORTH_COMPILING = 500  # samples of a rank: compiling takes up to a minute, in which a few would long be there
 
 
 class MultimodalModule(TrainedModule):
@@ -160,7 +160,7 @@ class MultimodalModule(TrainedModule):
     ) -> list[Generation]:
         """Samples from the evaluation weights, in bf16 where the trainer computes in bf16.
 
-        Each call copies the weights into what it runs on; `hold_generation_model` does so once for many.
+        Unless it generates in fp32 on a GPU each call copies the weights; `hold_generation_model` does so once for many.
         Under FSDP2 every rank has to call it, if only with no requests: gathering the weights is a collective.
 
         Args:
@@ -205,7 +205,7 @@ class MultimodalModule(TrainedModule):
     def hold_generation_model(self, samples: int | None = None) -> None:
         """Copy what generates once for many calls of `generate`, until the next run of a Trainer, and compile it where
         `compile_blocks` says so, which takes up to a minute in the first calls. In fp32 on a CPU nothing is compiled:
-        its matrices are packed (`models/packed_linear.py`). Until then the module itself cannot be copied or pickled.
+        its matrices are packed (`models/packed_linear.py`), and while they are held the module cannot be pickled.
 
         Args:
             samples: how many will be generated, where that is known: for a few nothing is compiled.
