@@ -160,7 +160,7 @@ class MultimodalModule(TrainedModule):
     ) -> list[Generation]:
         """Samples from the evaluation weights, in bf16 where the trainer computes in bf16.
 
-        Unless it generates in fp32 on a GPU each call copies the weights; `hold_generation_model` does so once for many.
+        Each call copies the weights, unless it is in fp32 on a GPU; `hold_generation_model` does so once for many.
         Under FSDP2 every rank has to call it, if only with no requests: gathering the weights is a collective.
 
         Args:
