@@ -118,17 +118,18 @@ def test_replayed_generation_is_plain_generation(
     module.text_tokenizer = byte_tokenizer
     module.materialize(torch.device("cuda"))
     monkeypatch.setattr(replay, "COLUMNS", 8)  # so that texts outgrow what was recorded
+    asked = REQUESTS if kind == "transfusion" else [{**r, "guidance_interval": [0, 1]} for r in REQUESTS]  # ids: no noise
     recorded = []
     record = Replayed._record
     monkeypatch.setattr(Replayed, "_record", lambda self, inputs: recorded.append(1) or record(self, inputs))
     module.compile_blocks = compiled
     module.hold_generation_model()
-    ours = module.generate(REQUESTS) + module.generate(UNGUIDED)
+    ours = module.generate(asked) + module.generate(UNGUIDED)
     assert recorded
     module._held = []
     monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.call(*inputs))
     monkeypatch.setattr(TokenSteps, "__call__", lambda self, contents: extend(self.model, self.cache, contents))
-    plain = module.generate(REQUESTS) + module.generate(UNGUIDED)
+    plain = module.generate(asked) + module.generate(UNGUIDED)
     for a, b in zip(ours, plain, strict=True):
         assert [type(s) for s in a.segments] == [type(s) for s in b.segments]
         for one, other in zip(a.segments, b.segments, strict=True):
