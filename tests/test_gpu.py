@@ -118,7 +118,7 @@ def test_replayed_generation_is_plain_generation(
     module.text_tokenizer = byte_tokenizer
     module.materialize(torch.device("cuda"))
     monkeypatch.setattr(replay, "COLUMNS", 8)  # so that texts outgrow what was recorded
-    asked = REQUESTS if kind == "transfusion" else [{**r, "guidance_interval": [0, 1]} for r in REQUESTS]  # ids: no noise
+    asked = REQUESTS if kind == "transfusion" else [{**r, "guidance_interval": [0, 1]} for r in REQUESTS]
     recorded = []
     record = Replayed._record
     monkeypatch.setattr(Replayed, "_record", lambda self, inputs: recorded.append(1) or record(self, inputs))
