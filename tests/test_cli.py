@@ -26,6 +26,7 @@ import yaml
 
 from tfusion import __main__ as cli
 from tfusion.data.corpora import CaptionedImage, Split
+from tfusion.parser import meant
 from tfusion.report.validation import number as shown
 from tfusion.training import run_folder
 from tfusion.training.trainer_settings import check_validation_interval
@@ -339,11 +340,24 @@ def test_validate_without_weights_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_option_gets_a_message_and_not_the_usage(tmp_path: Path) -> None:
     code, output = tfusion(tmp_path, "fit", "--config", str(write_config(tmp_path)), "--trainer.max_step", "1")
     assert code == 2 and "trainer.max_step" in output, "the beginning of an option is not the option"
+    assert output.endswith("did you mean trainer.max_steps?\n")
     code, output = tfusion(tmp_path, "fit", "--config", str(write_config(tmp_path)), "--model.lrr", "1")
     assert code == 2
     assert "Option 'lrr' is not accepted" in output
+    assert output.endswith("did you mean lr?\n")
     assert "usage:" not in output
     assert len(output.splitlines()) < 15
+
+
+def test_a_wrong_name_gets_the_nearest() -> None:
+    keys = ["trainer.max_steps", "data.seq_len", "model", "samples.every_n_steps"]
+    assert meant("Subcommand 'fit' does not accept option 'data.seq_lne'", keys) == "data.seq_len"
+    assert meant("unrecognized arguments: --modle.init_args.lr 3", keys) == "model.init_args.lr"
+    assert meant("unrecognized arguments: --foo 3", keys) is None
+    assert meant("something else", keys) is None
+    nested = "Problem with given class_path 'tfusion.models.transfusion.Transfusion':\n  Option '{}' is not accepted"
+    assert meant(nested.format("dims"), keys) == "dim"
+    assert meant(nested.format("foo"), keys) is None
 
 
 def test_there_are_three_commands(tmp_path: Path) -> None:

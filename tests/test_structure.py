@@ -84,6 +84,7 @@ TIERS = [
         "training.autoencoder_export",
         "training.autoencoder_validation",
         "training.codebook",
+        "parser",
     },
     {"training.warm_start"},
     {"training.base", "training.multimodal", "training.encoding", "report"},

@@ -38,6 +38,7 @@ from tfusion.callbacks.samples import SampleGrid
 from tfusion.callbacks.training_metrics import TrainingMetrics
 from tfusion.callbacks.writer import PredictionWriter
 from tfusion.data.datamodule import MultimodalDataModule
+from tfusion.parser import Parser
 from tfusion.training import run_folder
 from tfusion.training.base import TrainedModule
 from tfusion.training.chameleon import ChameleonModule  # noqa: F401 (so that YAML may name it, as --help does)
@@ -48,13 +49,6 @@ from tfusion.training.transfusion import TransfusionModule  # noqa: F401 (so tha
 from tfusion.training.warm_start import read_checkpoint
 
 RANK_ZERO_S = 10.0  # how long a refusal on another rank waits for rank 0 to say it
-
-
-class Parser(LightningArgumentParser):
-    """A parser whose refusals can be read."""
-
-    def print_usage(self, file: Any = None) -> None:
-        """Print nothing: two hundred options would push the message off the screen; `--help` has them."""
 
 
 class ConfigWriter(SaveConfigCallback):
