@@ -147,11 +147,13 @@ def _parse_segment(segment: Any, folder: Path) -> Segment:
             path = folder / value
             try:
                 with PILImage.open(path) as image:
-                    return to_rgb(image)[0]
+                    picture = to_rgb(image)[0]
             except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
                 raise ValueError(
-                    f"image {str(path)!r} cannot be read ({error}); give a path relative to the file"
+                    f"image {str(path)!r} cannot be read ({error}); its path is taken from {folder.absolute()}"
                 ) from error
+            picture.info["path"] = str(value)  # so that what is made of it can say so
+            return picture
     raise ValueError(f'segment {segment!r}: expected {{"text": "..."}} or {{"image": "path.png"}}')
 
 

@@ -22,9 +22,11 @@ def _picture(number: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
+read = _picture(101)
+read.info["path"] = "pictures/cat.png"  # as `parse_request` leaves it
 REQUESTS = [
     Request(("red heart",), "image", n=2, seed=7),
-    Request((_picture(100),), "text"),
+    Request((_picture(100), read), "text"),
     Request(("To be",), "any"),
 ]
 
@@ -41,7 +43,13 @@ HEART = {"seed": 7, "prompt": [{"text": "red heart"}]}
 LINES = [
     {"request": 0, "sample": 0, **HEART, "segments": [{"image": "000000-0-0.png"}]},
     {"request": 0, "sample": 1, **HEART, "segments": [{"image": "000000-1-0.png"}]},
-    {"request": 1, "sample": 0, "seed": 0, "prompt": [{"image": None}], "segments": [{"text": "caf\u00e9\n\u2028"}]},
+    {
+        "request": 1,
+        "sample": 0,
+        "seed": 0,
+        "prompt": [{"image": None}, {"image": "pictures/cat.png"}],
+        "segments": [{"text": "caf\u00e9\n\u2028"}],
+    },
     {
         "request": 2,
         "sample": 0,

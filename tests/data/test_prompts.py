@@ -45,6 +45,7 @@ def test_lines_become_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     image, text = second.segments
     assert text == "is"
     assert image.mode == "RGB"
+    assert image.info["path"] == "pictures/red.png"
     assert image.getpixel((1, 1)) == (255, 0, 0)
     assert (second.generate, second.n, second.seed) == ("text", 1, 0)
     assert second.config == GenerationConfig(num_inference_steps=2)

@@ -45,6 +45,12 @@ def test_a_link_that_points_nowhere_is_missing(tmp_path: Path) -> None:
         run_folder.find_checkpoint(tmp_path, "last")
 
 
+def test_says_which_checkpoint_there_is_where_the_one_named_is_missing(tmp_path: Path) -> None:
+    best = checkpoint(tmp_path, "best.ckpt")
+    with pytest.raises(ValueError, match=rf"got --ckpt_path last, .* has best.ckpt: give --ckpt_path {best}"):
+        run_folder.find_checkpoint(tmp_path, "last")
+
+
 def test_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
     run_folder.refuse_used_folder(tmp_path)
     (tmp_path / "metrics.csv").touch()  # a run killed before its first checkpoint may start again
@@ -77,6 +83,9 @@ def test_one_writer_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"another process \(pid 123\) is writing the run folder"):
             run_folder.lock(tmp_path)
+        checkpoint(tmp_path, "best.ckpt")
+        with pytest.raises(ValueError, match=r"another process \(pid 123\) is writing the run folder"):
+            run_folder.refuse_used_folder(tmp_path)  # not: delete it
     finally:
         other.kill()
         other.wait()

@@ -196,6 +196,9 @@ class GenerationMetrics(pl.Callback):
             self._last_step = trainer.global_step
         self.findings = Findings()
         config = self._config(pl_module)
+        if trainer.is_global_zero:  # before what may take minutes
+            numbers = (self.num_images, self.num_captions, self.num_scenes)
+            log.info("generation metrics: up to %d pictures, %d captions and %d scenes of each kind are made", *numbers)
         for corpus in trainer.datamodule.image_corpora:  # type: ignore[attr-defined]
             self._measure(trainer, pl_module, corpus, config)
         metrics = {found.name: found.value for found in self.findings.measurements}

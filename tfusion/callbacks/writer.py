@@ -28,10 +28,11 @@ class PredictionWriter(BasePredictionWriter):
     """Write each sample's pictures and its line; at the end merge the ranks' lines and draw `grid.png`.
 
     `predictions/` then holds `RRRRRR-S-K.png` (request, sample, number of the picture in the sample) and
-    `predictions.jsonl`, sorted, a picture in the prompt as null: `{"request": 0, "sample": 0, "seed": 0, "prompt":
-    [{"text": "..."}], "segments": [{"text": "..."}, {"image": "000000-0-0.png"}]}`. It appears when all is done; until
-    then `predictions.rankK.jsonl` grow. What an earlier run wrote there is removed at the start; other files are left
-    alone. Expects `predict_step` to return `list[Generation]`; `CorpusEncoder` writes for itself.
+    `predictions.jsonl`, sorted: `{"request": 0, "sample": 0, "seed": 0, "prompt": [{"text": "a"}, {"image": "b.png"}],
+    "segments": [{"text": "..."}, {"image": "000000-0-0.png"}]}`, with the path of a picture in the prompt as given
+    there, or null where it had none. The file appears when all is done; until then `predictions.rankK.jsonl` grow. What
+    an earlier run wrote there is removed at the start; other files are left alone. Expects `predict_step` to return
+    `list[Generation]`; `CorpusEncoder` writes for itself.
     """
 
     def __init__(self) -> None:
@@ -120,7 +121,10 @@ def _write_images(generation: Generation, request: Request, folder: Path) -> dic
         segment.save(folder / name, format="PNG")
         segments.append({"image": name})
         images += 1
-    prompt = [{"text": segment} if isinstance(segment, str) else {"image": None} for segment in request.segments]
+    prompt = [
+        {"text": segment} if isinstance(segment, str) else {"image": segment.info.get("path")}
+        for segment in request.segments
+    ]
     made = {"request": generation.request, "sample": generation.sample, "seed": request.seed}
     return made | {"prompt": prompt, "segments": segments}
 

@@ -106,7 +106,7 @@ def _read_file(
     """A picture file and its captions, or the file that they are in; `place` is where metadata names it, if it does."""
     record = _file_record(key, path, file, captions, options)
     if record["cause"] and place:
-        record["detail"] = f"{record['detail']} ({place})".lstrip()
+        record["detail"] = f"{record['detail']} ({place})" if record["detail"] else place
     yield record
 
 

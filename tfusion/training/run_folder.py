@@ -31,25 +31,38 @@ def find_checkpoint(root: Path, ckpt_path: str) -> Path:
     named = ckpt_path in CHECKPOINT_NAMES
     path = root / "checkpoints" / f"{ckpt_path}.ckpt" if named else Path(ckpt_path).expanduser().absolute()
     if not path.exists():  # follows links: a `last` that points nowhere is missing
-        hint = (
-            f"the run folder {root} has no such checkpoint: pass the folder of the run you mean with "
-            "--trainer.default_root_dir, or a checkpoint's path"
-            if named
-            else "expected 'last', 'best' or the path of a checkpoint"
-        )
+        hint = "expected 'last', 'best' or the path of a checkpoint"
+        if named and (there := _checkpoints(root)):
+            hint = f"the run folder {root} has {', '.join(there)}: give --ckpt_path {_newest(root, there)}"
+        elif named:
+            hint = (
+                f"the run folder {root} has no checkpoint: pass the folder of the run you mean with "
+                "--trainer.default_root_dir, or a checkpoint's path"
+            )
         raise ValueError(f"got --ckpt_path {ckpt_path}, but {path} does not exist; {hint}")
     return path
 
 
+def _checkpoints(root: Path) -> list[str]:
+    """Names of those that are there; a link that points nowhere is none."""
+    return sorted(path.name for path in (root / "checkpoints").glob("*.ckpt") if path.exists())
+
+
+def _newest(root: Path, names: list[str]) -> str:
+    """What `--ckpt_path` is given for it; a run killed early may have only best.ckpt, or a file without `last`."""
+    return "last" if "last.ckpt" in names else str(root / "checkpoints" / names[-1])
+
+
 def refuse_used_folder(root: Path) -> None:
-    """Raise ValueError where a fresh `fit` would run over the checkpoints of an earlier one."""
-    used = sorted(path.name for path in (root / "checkpoints").glob("*.ckpt"))
+    """Raise ValueError where a fresh `fit` would run over the checkpoints of an earlier one, or one that runs."""
+    used = _checkpoints(root)
     if used:
-        # A run killed early may have only best.ckpt, or a first file that `last` does not name yet.
-        newest = "last" if "last.ckpt" in used else root / "checkpoints" / used[-1]
+        path = root.resolve() / ".lock"
+        if path not in _locks and path.exists():
+            _locked(path).close()  # another process at work there is what is refused first
         raise ValueError(
             f"the run folder {root} holds checkpoints ({', '.join(used)}) and no --ckpt_path was given; "
-            f"go on with that run (--ckpt_path {newest}), choose another folder "
+            f"go on with that run (--ckpt_path {_newest(root, used)}), choose another folder "
             "(--trainer.default_root_dir), or delete this one"
         )
 
@@ -70,6 +83,15 @@ def lock(root: Path) -> None:
     if path in _locks:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = _locked(path)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()}\n")
+    file.flush()
+    _locks[path] = file
+
+
+def _locked(path: Path) -> TextIO:
+    """The file, locked until it is closed; ValueError where another process has it."""
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (kept open on purpose)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,13 +102,10 @@ def lock(root: Path) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
         raise ValueError(
-            f"another process ({owner or 'unknown'}) is writing the run folder {root}; wait for it to end, "
-            "or choose another folder (--trainer.default_root_dir)"
+            f"another process ({owner or 'unknown'}) is writing the run folder {path.parent}; wait for it to "
+            "end, or choose another folder (--trainer.default_root_dir)"
         ) from error
-    file.truncate(0)
-    file.write(f"pid {os.getpid()}\n")
-    file.flush()
-    _locks[path] = file
+    return file
 
 
 def write_atomically(path: Path, text: str) -> None:
