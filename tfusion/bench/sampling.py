@@ -15,8 +15,8 @@
   differs), `ratio_to_dit` the same of it, `evaluation_ratio_to_dit` of one evaluation. Of medians, but `fastest_...`.
 
 Ours is `TransfusionModule.generate` on a copy of the weights made within what is timed, in bf16 or (fp32 on a CPU) with
-packed matrices. `--compile`: on one made before and compiled, if it is not packed, and so is the forward beside it, as
-`predict` of many samples has it; the others run as they come, uncompiled.
+packed matrices. `--compile`: on one made before and compiled, and so is the forward beside it, as `predict` of many
+samples has it; the others run as they come, uncompiled.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def measure(
         guidance: scale, 1 = off.
         prompt_len: ids before the image.
         with_peer: time the others, too.
-        compiled: what generates is made before, and compiled or packed.
+        compiled: what generates is made before, and compiled.
 
     Raises:
         ValueError: fewer than 2 evaluations.
@@ -86,7 +86,7 @@ def measure(
     evaluation_s, forward_s = (evaluations.seconds(name, sizes.warmup) for name in ("ours", "forward"))
     rate = matmul_rate(DTYPES[sizes.dtype])
     result = sizes.report() | {
-        "compiled": compiled and not packed,
+        "compiled": compiled,
         "packed": packed,
         "prompt_len": prompt_len,
         "guidance": guidance,

@@ -19,12 +19,26 @@ from tfusion.models.base import MultimodalModel
 ROWS = 64
 
 
+# Inductor has a lowering of oneDNN's product for weights that are constants, a code for each; of this it knows nothing.
+torch.library.define("tfusion::packed_linear", "(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor")
+
+
+@torch.library.impl("tfusion::packed_linear", "default")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.register_fake("tfusion::packed_linear")
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 class PackedLinear(nn.Linear):
     """A linear layer whose weight is oneDNN's; made by `packed` only."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) to (..., o)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.tfusion.packed_linear(x, self.weight, self.bias, self.out_features)
 
 
 def can_be_packed(model: MultimodalModel) -> bool:
@@ -34,7 +48,7 @@ def can_be_packed(model: MultimodalModel) -> bool:
 
 
 def packed(model: MultimodalModel) -> MultimodalModel:
-    """A copy that shares nothing with the model and cannot be copied, saved or compiled itself."""
+    """A copy that shares nothing with the model and cannot be copied or saved itself."""
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
     memo = {}
     for layer in layers:

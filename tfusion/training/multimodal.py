@@ -204,8 +204,8 @@ class MultimodalModule(TrainedModule):
 
     def hold_generation_model(self, samples: int | None = None) -> None:
         """Copy what generates once for many calls of `generate`, until the next run of a Trainer, and compile it where
-        `compile_blocks` says so, which takes up to a minute in the first calls. In fp32 on a CPU nothing is compiled:
-        its matrices are packed (`models/packed_linear.py`), and while they are held the module cannot be pickled.
+        `compile_blocks` says so, which takes up to a minute in the first calls. While a copy in fp32 on a CPU is held,
+        whose matrices are packed (`models/packed_linear.py`), the module cannot be pickled.
 
         Args:
             samples: how many will be generated, where that is known: for a few nothing is compiled.
@@ -213,7 +213,7 @@ class MultimodalModule(TrainedModule):
         model = self._generation_model()
         if model.embedding.weight is self.evaluation_model.embedding.weight:  # so far it shares weights
             model = copy.deepcopy(model)
-        if not can_be_packed(model) and self._compiles(model.embedding.weight.device):
+        if self._compiles(model.embedding.weight.device):
             if samples is None or samples >= WORTH_COMPILING:
                 model.transformer.compile_blocks(dynamic=True)
             else:
