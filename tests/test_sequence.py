@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -369,3 +371,23 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest() -> None:
         assert value.is_meta if isinstance(value, torch.Tensor) else value == getattr(batch, field.name), field.name
     assert batch.token_ids.device.type == "cpu"
     assert moved.position == (1, 2)
+
+
+@pytest.mark.parametrize("image_shape", [None, (3, 8, 8)])
+def test_a_batch_travels_in_one_piece(image_shape) -> None:
+    """From a loader's worker: the same values, types and shapes, also of nothing and of other layouts."""
+    image = picture(0) if image_shape is None else Image(torch.full((3, 8, 8), 200, dtype=torch.uint8))
+    rows = [[Document(([5, 6], image))], [Document(([7],))]]
+    batch = make(rows, dataclasses.replace(SHAPE, image_shape=image_shape))
+    batch.position, batch.token_ids = (3, ((0, (1, 2)),)), batch.token_ids.t().contiguous().t()
+    batch.noise_limits = batch.noise_limits[:0]
+    for arrived in (pickle.loads(pickle.dumps(batch)), copy.deepcopy(batch)):
+        storages = set()
+        for field in dataclasses.fields(Batch):
+            sent, got = getattr(batch, field.name), getattr(arrived, field.name)
+            if isinstance(sent, torch.Tensor):
+                assert torch.equal(sent, got) and sent.dtype == got.dtype
+                storages.add(got.untyped_storage().data_ptr())
+            else:
+                assert sent == got
+        assert len(storages) == 1

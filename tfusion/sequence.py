@@ -27,6 +27,7 @@ from tfusion.randomness import generator
 PAD_ID, BOS_ID, EOS_ID, BOI_ID, EOI_ID = range(5)
 NUM_SPECIAL_IDS = 5  # a tokenizer's own ids come after these
 IGNORE_INDEX = -100  # torch's: a label without loss
+ALIGNED = 64  # bytes, of tensors that travel together
 LABEL_MULTIPLE = 256  # N is padded to a multiple of this, so it takes few values
 
 
@@ -193,9 +194,35 @@ class Batch:
         """Called by the DataLoader, which knows no dataclasses."""
         return self._map(Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple:
+        """From a loader's worker in one piece: each tensor on its own would be a file there and a connection here,
+        which take longer than making the batch.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tensors = {name: values.pop(name) for name in list(values) if isinstance(values[name], Tensor)}
+        places, end = [], 0
+        for name, tensor in tensors.items():
+            places.append((name, tensor.dtype, tensor.shape, end))
+            end += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        whole = torch.empty(end, dtype=torch.uint8, device=self.token_ids.device)
+        for name, part in _parts(whole, places):
+            part.copy_(tensors[name])
+        return _whole_batch, (whole, places, values)
+
     def _map(self, function) -> Batch:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def _whole_batch(whole: Tensor, places: list[tuple], values: dict) -> Batch:
+    """What `Batch.__reduce__` took apart."""
+    return Batch(**dict(_parts(whole, places)), **values)
+
+
+def _parts(whole: Tensor, places: list[tuple]) -> Iterator[tuple[str, Tensor]]:
+    """Views of the bytes (n,) by name, type, shape and first byte."""
+    for name, dtype, shape, start in places:
+        yield name, whole[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 def collate(rows: Sequence[Sequence[Document]], shape: RowShape, seeds: Sequence[tuple[int | str, ...]]) -> Batch:
