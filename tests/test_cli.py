@@ -345,19 +345,25 @@ def test_a_wrong_option_gets_a_message_and_not_the_usage(tmp_path: Path) -> None
     assert code == 2
     assert "Option 'lrr' is not accepted" in output
     assert output.endswith("did you mean lr?\n")
+    nested = "--model.init_args.model.init_args.dims"
+    code, output = tfusion(tmp_path, "fit", "--config", str(write_config(tmp_path)), nested, "1")
+    assert code == 2 and output.endswith("did you mean dim?\n") and output.count("did you mean") == 1
     assert "usage:" not in output
     assert len(output.splitlines()) < 15
 
 
 def test_a_wrong_name_gets_the_nearest() -> None:
-    keys = ["trainer.max_steps", "data.seq_len", "model", "samples.every_n_steps"]
+    keys = ["trainer", "trainer.max_steps", "data.seq_len", "model", "samples.every_n_steps"]
     assert meant("Subcommand 'fit' does not accept option 'data.seq_lne'", keys) == "data.seq_len"
     assert meant("unrecognized arguments: --modle.init_args.lr 3", keys) == "model.init_args.lr"
-    assert meant("unrecognized arguments: --foo 3", keys) is None
+    assert meant("unrecognized arguments: --sample.every_n_steps 3", keys) == "samples.every_n_steps"
+    for unknown in ("foo", "trainer.nonsense", "model.init_args.foo", "samples.max_steps"):
+        assert meant(f"unrecognized arguments: --{unknown} 3", keys) is None
     assert meant("something else", keys) is None
     nested = "Problem with given class_path 'tfusion.models.transfusion.Transfusion':\n  Option '{}' is not accepted"
     assert meant(nested.format("dims"), keys) == "dim"
     assert meant(nested.format("foo"), keys) is None
+    assert meant("class_path 'no.such.Class':\n  Option 'dims' is not accepted", keys) is None
 
 
 def test_there_are_three_commands(tmp_path: Path) -> None:

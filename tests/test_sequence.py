@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from tfusion.randomness import generator
 from tfusion.sequence import (
@@ -391,3 +392,7 @@ def test_a_batch_travels_in_one_piece(image_shape) -> None:
             else:
                 assert sent == got
         assert len(storages) == 1
+    arrived = next(iter(DataLoader([batch], batch_size=None, num_workers=1)))
+    assert torch.equal(arrived.noise, batch.noise) and arrived.position == batch.position
+    assert arrived.noise.untyped_storage().data_ptr() == arrived.token_ids.untyped_storage().data_ptr()
+    assert arrived.noise.is_shared()

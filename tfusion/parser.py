@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-SIMILAR = 0.75  # as difflib counts; of a pair of names the share of letters in common
+SIMILAR = 0.75  # difflib's ratio, from which on one name may be meant by another
 # How jsonargparse words an unknown option: of a command, or of the class that was named last before it.
 OF_A_COMMAND = re.compile(r"unrecognized arguments: --?([\w.]+)|does not accept option '([\w.]+)'")
 OF_A_CLASS = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
@@ -26,7 +26,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message, and the nearest name to an unknown one."""
-        nearest = meant(message, _keys(self))
+        # parsers of classes are made of this class, too: what they say becomes part of what the command's says
+        nearest = meant(message, _keys(self)) if self.exit_on_error else None
         super().error(message if nearest is None else f"{message}\ndid you mean {nearest}?", ex)
 
 
@@ -39,20 +40,32 @@ def meant(message: str, keys: Iterable[str]) -> str | None:
     """
     if unknown := OF_A_CLASS.search(message):
         path, name = unknown.groups()
-        owner = locate(path)
-        return None if owner is None else _nearest(name, inspect.signature(owner).parameters)
+        return _nearest(name, _arguments(locate(path)))
     if unknown := OF_A_COMMAND.search(message):
-        return _nearest(unknown[1] or unknown[2], keys)
+        name = unknown[1] or unknown[2]
+        nearest = _nearest(name, list(keys))
+        return None if nearest == name else nearest
     return None
 
 
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    """Also of a name whose beginning alone is known: what lies within a class is no option of the command."""
-    parts, known = name.split("."), list(known)
-    for count in range(len(parts), 0, -1):
-        if found := get_close_matches(".".join(parts[:count]), known, 1, SIMILAR):
-            return ".".join([*found, *parts[count:]])
-    return None
+def _nearest(name: str, known: list[str]) -> str | None:
+    """The known one whose last part is nearest; where nothing is known of a group's options, as within a class, the
+    name with its group mended.
+    """
+    group, _, last = name.rpartition(".")
+    options = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == group}
+    if options:
+        return next((options[found] for found in get_close_matches(last, options, 1, SIMILAR)), None)
+    mended = _nearest(group, known) if group else None
+    return None if mended is None else f"{mended}.{last}"
+
+
+def _arguments(owner: Any) -> list[str]:
+    try:
+        parameters = inspect.signature(owner).parameters.values()
+    except (TypeError, ValueError):  # nothing of that name, or not written in Python
+        return []
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _keys(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -149,9 +149,8 @@ def _parse_segment(segment: Any, folder: Path) -> Segment:
                 with PILImage.open(path) as image:
                     picture = to_rgb(image)[0]
             except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
-                raise ValueError(
-                    f"image {str(path)!r} cannot be read ({error}); its path is taken from {folder.absolute()}"
-                ) from error
+                hint = f"; relative paths are taken from {folder.absolute()}" if not path.exists() else ""
+                raise ValueError(f"image {str(path)!r} cannot be read ({error}){hint}") from error
             picture.info["path"] = str(value)  # so that what is made of it can say so
             return picture
     raise ValueError(f'segment {segment!r}: expected {{"text": "..."}} or {{"image": "path.png"}}')

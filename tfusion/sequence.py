@@ -195,8 +195,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def __reduce__(self) -> tuple:
-        """From a loader's worker in one piece: each tensor on its own would be a file there and a connection here,
-        which take longer than making the batch.
+        """Pickled, and copied by `copy`, in one piece: from a loader's worker each tensor alone would be a file and a
+        connection, which together take longer than making the batch.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         tensors = {name: values.pop(name) for name in list(values) if isinstance(values[name], Tensor)}

@@ -22,11 +22,11 @@ def _picture(number: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
-read = _picture(101)
-read.info["path"] = "pictures/cat.png"  # as `parse_request` leaves it
+READ = _picture(101)
+READ.info["path"] = "pictures/cat.png"  # as `parse_request` leaves it
 REQUESTS = [
     Request(("red heart",), "image", n=2, seed=7),
-    Request((_picture(100), read), "text"),
+    Request((_picture(100), READ), "text"),
     Request(("To be",), "any"),
 ]
 

@@ -1,6 +1,6 @@
-"""Between two log steps nothing of a step waits for the device: no operation needs a number that is there on the host.
+"""Between two log steps nothing of a step waits for the device: it asks for no number and no tensor that is there.
 
-Counted of real steps on the CPU, where the same operations run that would wait on CUDA.
+Seen in steps on the CPU, whose operations are those of CUDA but for attention's mask and the copy of the batch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfusion.callbacks.ema import EMA
@@ -20,23 +21,40 @@ READ_BY_HOST = {  # as numbers, or as the shape of what comes out
     aten.masked_select,
     aten.equal,
     aten.is_nonzero,
+    aten._unique,
     aten._unique2,
+    aten.unique_dim,
     aten.unique_consecutive,
     aten.bincount,
+    aten.repeat_interleave,
 }
+COPIED_TO_HOST = ("tolist", "numpy", "cpu", "__array__")  # on a CPU no operation is seen of them
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 
 
 class Waits(TorchDispatchMode):
-    """Names of the operations that would wait."""
+    """Names of what would wait."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
+    def __enter__(self):
+        self.patches = pytest.MonkeyPatch()
+        for name in COPIED_TO_HOST:
+            self.patches.setattr(Tensor, name, self._noted(name, getattr(Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.patches.undo()
+        super().__exit__(*error)
+
+    def _noted(self, name: str, call):
+        return lambda tensor, *args, **kwargs: self.found.append(name) or call(tensor, *args, **kwargs)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         packet = func.overloadpacket
-        masked = packet in INDEXED and any(x is not None and x.dtype == torch.bool for x in args[1])
+        masked = packet in INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         if packet in READ_BY_HOST or masked:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
@@ -55,6 +73,9 @@ class Watch(L.Callback):
     def on_train_batch_end(self, *args) -> None:
         self.mode.__exit__(None, None, None)
         self.waits.append(self.mode.found)
+
+    def on_exception(self, *args) -> None:
+        self.mode.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +103,8 @@ def test_what_waits_is_found():
         x[x > 1] = 0
         x.nonzero()
         x[torch.tensor([1, 2])]
-    assert len(waits.found) == 4
+        x.tolist()
+        x.cpu()
+        x.numpy()
+    x.tolist()
+    assert len(waits.found) == 7

@@ -25,7 +25,7 @@ All in bytes. A peak is not the sum of the parts: gradients come while activatio
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -213,11 +213,8 @@ def measure(config: Any, rows: int, checkpointing: str, whole: bool) -> dict[str
 
 
 def _faked(batch: Batch, fake: FakeTensorMode) -> Batch:
-    made = copy.copy(batch)
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor):
-            object.__setattr__(made, name, fake.from_tensor(value))
-    return made
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(batch, **{name: fake.from_tensor(value) for name, value in tensors.items()})
 
 
 def main(args: list[str] | None = None, write: Callable[[str], Any] = sys.stdout.write) -> None:

@@ -196,9 +196,8 @@ class GenerationMetrics(pl.Callback):
             self._last_step = trainer.global_step
         self.findings = Findings()
         config = self._config(pl_module)
-        if trainer.is_global_zero:  # before what may take minutes
-            numbers = (self.num_images, self.num_captions, self.num_scenes)
-            log.info("generation metrics: up to %d pictures, %d captions and %d scenes of each kind are made", *numbers)
+        if trainer.is_global_zero:
+            self._announce(trainer.datamodule.image_corpora)  # type: ignore[attr-defined]
         for corpus in trainer.datamodule.image_corpora:  # type: ignore[attr-defined]
             self._measure(trainer, pl_module, corpus, config)
         metrics = {found.name: found.value for found in self.findings.measurements}
@@ -206,6 +205,16 @@ class GenerationMetrics(pl.Callback):
         if trainer.is_global_zero:
             times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.findings.seconds.items())
             log.info("generation metrics: %s", times)
+
+    def _announce(self, corpora: Sequence[ImageCorpus]) -> None:
+        """Say what comes, which may take minutes."""
+        asked = {
+            "pictures": self.num_images if self.networks else 0,
+            "captions": self.num_captions,
+            "scenes of each kind": self.num_scenes if any(getattr(c, "scenes", False) for c in corpora) else 0,
+        }
+        made = ", ".join(f"{number} {what}" for what, number in asked.items() if number)
+        log.info("generation metrics: making up to %s a corpus", made)
 
     def _measure(
         self, trainer: pl.Trainer, module: pl.LightningModule, corpus: ImageCorpus, config: GenerationConfig

@@ -29,10 +29,10 @@ class PredictionWriter(BasePredictionWriter):
 
     `predictions/` then holds `RRRRRR-S-K.png` (request, sample, number of the picture in the sample) and
     `predictions.jsonl`, sorted: `{"request": 0, "sample": 0, "seed": 0, "prompt": [{"text": "a"}, {"image": "b.png"}],
-    "segments": [{"text": "..."}, {"image": "000000-0-0.png"}]}`, with the path of a picture in the prompt as given
-    there, or null where it had none. The file appears when all is done; until then `predictions.rankK.jsonl` grow. What
-    an earlier run wrote there is removed at the start; other files are left alone. Expects `predict_step` to return
-    `list[Generation]`; `CorpusEncoder` writes for itself.
+    "segments": [{"text": "..."}, {"image": "000000-0-0.png"}]}`, with the path of a picture in the prompt as the
+    prompts have it, or null where it had none. The file appears when all is done; until then `predictions.rankK.jsonl`
+    grow. What an earlier run wrote there is removed at the start; other files are left alone. Expects `predict_step` to
+    return `list[Generation]`; `CorpusEncoder` writes for itself.
     """
 
     def __init__(self) -> None:

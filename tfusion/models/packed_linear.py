@@ -19,13 +19,16 @@ from tfusion.models.base import MultimodalModel
 ROWS = 64
 
 
-# Inductor has a lowering of oneDNN's product for weights that are constants, a code for each; of this it knows nothing.
+# For compiled blocks: inductor takes oneDNN's own operator with weights that are constants only, so each block would be
+# compiled for itself. Of this one it knows the shape, and calls it with any weight.
 torch.library.define("tfusion::packed_linear", "(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor")
 
 
-@torch.library.impl("tfusion::packed_linear", "default")
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+torch.library.impl("tfusion::packed_linear", "default", _product)
 
 
 @torch.library.register_fake("tfusion::packed_linear")
@@ -38,7 +41,9 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) to (..., o)."""
-        return torch.ops.tfusion.packed_linear(x, self.weight, self.bias, self.out_features)
+        if torch.compiler.is_compiling():
+            return torch.ops.tfusion.packed_linear(x, self.weight, self.bias, self.out_features)
+        return _product(x, self.weight, self.bias, self.out_features)
 
 
 def can_be_packed(model: MultimodalModel) -> bool:

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,14 +58,20 @@ def refuse_used_folder(root: Path) -> None:
     """Raise ValueError where a fresh `fit` would run over the checkpoints of an earlier one, or one that runs."""
     used = _checkpoints(root)
     if used:
-        path = root.resolve() / ".lock"
-        if path not in _locks and path.exists():
-            _locked(path).close()  # another process at work there is what is refused first
+        _refuse_busy_folder(root)
         raise ValueError(
             f"the run folder {root} holds checkpoints ({', '.join(used)}) and no --ckpt_path was given; "
             f"go on with that run (--ckpt_path {_newest(root, used)}), choose another folder "
             "(--trainer.default_root_dir), or delete this one"
         )
+
+
+def _refuse_busy_folder(root: Path) -> None:
+    """Raise ValueError where another process writes there: by a lock that is shared, for all ranks ask at once."""
+    path = root.resolve() / ".lock"
+    if path not in _locks and path.exists():
+        with suppress(OSError):  # another's folder that can only be read, or a file system without locks
+            _locked(root, fcntl.LOCK_SH).close()
 
 
 _locks: dict[Path, TextIO] = {}  # open files: the OS drops a lock when its file is closed
@@ -83,18 +90,18 @@ def lock(root: Path) -> None:
     if path in _locks:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = _locked(path)
+    file = _locked(root, fcntl.LOCK_EX)
     file.truncate(0)
     file.write(f"pid {os.getpid()}\n")
     file.flush()
     _locks[path] = file
 
 
-def _locked(path: Path) -> TextIO:
-    """The file, locked until it is closed; ValueError where another process has it."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (kept open on purpose)
+def _locked(root: Path, kind: int) -> TextIO:
+    """The folder's file, locked until it is closed; ValueError where another process has it."""
+    file = open(root.resolve() / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (kept open on purpose)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
         owner = file.read().strip()
@@ -102,8 +109,8 @@ def _locked(path: Path) -> TextIO:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
         raise ValueError(
-            f"another process ({owner or 'unknown'}) is writing the run folder {path.parent}; wait for it to "
-            "end, or choose another folder (--trainer.default_root_dir)"
+            f"another process ({owner or 'unknown'}) is writing the run folder {root}; wait for it to end, "
+            "or choose another folder (--trainer.default_root_dir)"
         ) from error
     return file
 
