@@ -43,9 +43,15 @@ def meant(message: str, keys: Iterable[str]) -> str | None:
         return _nearest(name, _arguments(locate(path)))
     if unknown := OF_A_COMMAND.search(message):
         name = unknown[1] or unknown[2]
-        nearest = _nearest(name, list(keys))
+        nearest = _nearest(name, [part for key in keys for part in _beginnings(key)])
         return None if nearest == name else nearest
     return None
+
+
+def _beginnings(key: str) -> list[str]:
+    """a.b.c -> a, a.b, a.b.c: groups can be mistyped, too."""
+    parts = key.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
 def _nearest(name: str, known: list[str]) -> str | None:
