@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image as PILImage
 
 from tests.reference.generation import choose, naive_generate
+from tfusion.decoding import Decoding
 from tfusion.diffusion import NoiseProcess
 from tfusion.generation import Generator, bf16_copy
 from tfusion.models.kv_cache import KVCache
 from tfusion.models.transfusion import Transfusion
+from tfusion.pictures import to_rgb
 from tfusion.randomness import generator
 from tfusion.requests import GenerationConfig, Request
 from tfusion.sequence import BOI_ID, EOI_ID, EOS_ID
@@ -74,6 +77,7 @@ def requests():
     still = dataclasses.replace(SETTINGS, guidance_scale=1.0, num_inference_steps=4, sampler=None)
     greedy = dataclasses.replace(SETTINGS, temperature=0.0, max_new_tokens=5)
     narrow = dataclasses.replace(SETTINGS, top_k=20, top_p=0.7, temperature=0.8)
+    half = dataclasses.replace(SETTINGS, guidance_interval=(0.3, 0.7), num_inference_steps=7)
     return [
         Request(("red heart",), "image", 1, 3, SETTINGS),
         Request((RED,), "text", 2, 1, narrow),
@@ -81,6 +85,7 @@ def requests():
         Request(("x",), "image", 1, 0, still),
         Request((), "any", 2, 5, narrow),
         Request(("a longer prompt than the others",), "text", 1, 0, greedy),
+        Request(("two", "of these"), "image", 2, 4, half),
     ]
 
 
@@ -173,8 +178,10 @@ def test_the_cache_is_no_larger_than_it_has_to_be_and_never_copied_for_nothing(m
     decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
     decoder.generate([Request(("a" * 60,), "image", 2, 0, config)])
     decoder.generate([Request(("a" * 60,), "text", 1, 0, config)])
+    half = dataclasses.replace(SETTINGS, guidance_scale=3.0, guidance_interval=(0.3, 0.7))  # also rows without null
+    decoder.generate([Request(("a" * 60,), "image", 2, 0, half)])
     P = model.num_patches
-    assert capacities == [61 + (P + 2) + 1, 61 + 10 + 1]
+    assert capacities == [61 + (P + 2) + 1, 61 + 10 + 1, 61 + (P + 2) + 1]
     assert copies == []
 
 
@@ -235,6 +242,51 @@ def test_a_full_context_ends_the_row(model, tokenizer):
     config = dataclasses.replace(SETTINGS, max_new_tokens=500, max_new_images=50)
     for generation in decoder.generate([Request(("a" * 60,), "any", 3, 1, config)]):
         assert sum(4 if not isinstance(s, str) else 0 for s in generation.segments) <= 96 - 61
+
+
+def test_an_image_that_ends_at_the_limit_is_the_end(model, tokenizer, monkeypatch):
+    """One more token would stand where the model knows no position."""
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    config = dataclasses.replace(SETTINGS, max_new_tokens=500, max_new_images=50)
+    image = model.num_patches + 2
+    ended = 0
+    take = Decoding._take
+
+    def take_images(self, row, token, length):  # as long as there is room
+        return take(self, row, BOI_ID if length + image <= row.limit else token, length)
+
+    monkeypatch.setattr(Decoding, "_take", take_images)
+    for length in range(95 - 3 * image, 95):
+        [generation] = decoder.generate([Request(("a" * length,), "any", 1, 0, config)])
+        images = sum(not isinstance(s, str) for s in generation.segments)
+        used = 1 + length + image * images + sum(len(s) for s in generation.segments if isinstance(s, str))
+        ended += used == 96 and images > 0
+        assert used <= 96
+    assert ended
+
+
+def test_settings_are_looked_at_once(model, tokenizer, monkeypatch):
+    decoder, seen = Generator(model, FLOW, tokenizer, PixelTokenizer()), []
+    monkeypatch.setattr(decoder.images, "check", seen.append)
+    other = dataclasses.replace(SETTINGS, num_inference_steps=7)
+    decoder.check([Request((str(n),), "image", 1, n, [SETTINGS, other][n % 2]) for n in range(20)])
+    assert seen == [SETTINGS, other]
+
+
+def test_pictures_are_seen_as_a_person_sees_them(model, tokenizer):
+    """Also those of a `Request` from Python: transparent is white, and a turned one is turned back, once."""
+    decoder = Generator(model, FLOW, tokenizer, PixelTokenizer())
+    turned = PILImage.new("RGB", (8, 8), "black")
+    turned.paste("white", (0, 0, 8, 4))  # at the top, as stored
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    stored = io.BytesIO()
+    turned.save(stored, "PNG", exif=exif)
+    clear, sideways = PILImage.new("RGBA", (8, 8), (0, 0, 0, 0)), PILImage.open(stored)
+    for again in (lambda picture: picture, lambda picture: to_rgb(picture)[0]):
+        white, half = decoder._latents([again(clear), again(sideways)])
+        assert (white == 1).all()
+        assert (half[:, :, 4:] == 1).all() and (half[:, :, :4] == -1).all(), "white is at the right"
 
 
 def test_refusals(model, tokenizer):

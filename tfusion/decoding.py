@@ -160,11 +160,12 @@ class Decoding:
             nulls = [row.null for row in rows if row.null is not None]
             cache = self._select(members + nulls)
             hidden = extend(self.model, cache, [[BOI_ID]] * len(cache.row_lengths))
+            lengths = [length + self.P + 1 for length in cache.row_lengths]  # with the image and EOI
             latents, left = self.images.make(cache, hidden, rows)  # (R, C, h, w)
-            for row, picture in zip(rows, self._to_pictures(latents), strict=True):
+            for row, picture, length in zip(rows, self._to_pictures(latents), lengths[: len(rows)], strict=True):
                 row.segments.append(picture)
                 row.num_images += 1
-                row.state = "done" if self._has_all(row) else "text"
+                row.state = "done" if self._has_all(row) or length >= row.limit else "text"
             if all(row.state == "done" for row in rows):
                 continue
             hidden = extend(self.model, cache, [[*content, EOI_ID] for content in left])

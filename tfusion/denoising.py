@@ -83,7 +83,7 @@ class Denoiser:
 
         own = torch.arange(R, device=self.device)
         images, view = torch.cat([own, guided]), self._image_view(cache)  # whose image a row of the cache denoises
-        alone = view if all(needed) or not len(guided) else self._image_view(cache.select(list(range(R))))
+        alone = view if all(needed) or not len(guided) else self._image_view(cache.first(R))
         both = Replayed(lambda x_t, timesteps: self._predict(x_t, timesteps, images, view))
         unguided = Replayed(lambda x_t, timesteps: self._predict(x_t, timesteps, own, alone))
         for index, timestep in enumerate(sampler.timesteps):

@@ -16,7 +16,7 @@ from tfusion.denoising import Denoiser
 from tfusion.diffusion import NoiseProcess
 from tfusion.image_tokens import IdSampler
 from tfusion.models.base import MultimodalModel
-from tfusion.pictures import fit_square
+from tfusion.pictures import fit_square, to_rgb
 from tfusion.randomness import generator
 from tfusion.requests import Generation, Request
 from tfusion.rows import Content, Sample
@@ -86,10 +86,12 @@ class Generator:
 
     def check(self, requests: list[Request], numbers: list[int] | None = None) -> list[int]:
         """How many positions each request's rows may take; raises ValueError for one that cannot be met."""
-        limits = []
+        limits, checked = [], set()
         for number, request in zip(numbers or range(len(requests)), requests, strict=True):
             self._check_kind(number, request)
-            self.images.check(request.config)
+            if request.config not in checked:  # a look makes a scheduler of diffusers
+                self.images.check(request.config)
+                checked.add(request.config)
             limits.append(self._limit(number, request))
         return limits
 
@@ -126,7 +128,7 @@ class Generator:
     def _latents(self, pictures: list[PILImage.Image]) -> Tensor:
         """Clean latents (pictures, C, h, w), each resized to the model's size (square, centre crop)."""
         size = self._image_size()
-        cut = [fit_square(picture.convert("RGB"), size).tobytes() for picture in pictures]
+        cut = [fit_square(to_rgb(picture)[0], size).tobytes() for picture in pictures]
         pixels = torch.frombuffer(bytearray(b"".join(cut)), dtype=torch.uint8).view(-1, size, size, 3)
         pixels = pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (pictures, 3, H, W)
         return self.image_tokenizer.encode(pixels).to(self.dtype)

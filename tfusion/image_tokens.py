@@ -83,11 +83,10 @@ class IdSampler:
         steps, ids = TokenSteps(self.model, cache), list[Tensor]()
         while True:
             ids.append(self._next_ids(hidden, settings, draws[:, len(ids)]))
-            last = ids[-1].tolist()
-            contents: list[Content] = [[last[r]] for r in [*range(len(rows)), *guided]]
+            last = torch.cat([ids[-1], ids[-1][settings.guided]])  # null rows go on with their own rows' ids
             if len(ids) == P:
-                return self.model.latents_of(torch.stack(ids, 1)), contents
-            hidden = steps(contents)
+                return self.model.latents_of(torch.stack(ids, 1)), [[i] for i in last.tolist()]
+            hidden = steps.of_all(last)
 
     def _settings(self, configs: list[GenerationConfig], guided: list[int]) -> Settings:
         K, weight = self.model.codebook_size, self.model.embedding.weight

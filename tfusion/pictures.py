@@ -28,6 +28,8 @@ TURNS = {
     8: PILImage.Transpose.ROTATE_90,
 }
 
+ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where PIL looks for an orientation
+
 
 class BadPicture(ValueError):
     """A picture that cannot be used: `cause` is one of a few, for counting, `detail` says more."""
@@ -84,7 +86,7 @@ def decode(data: bytes, size: int, resize: Resize = "crop", extension: str = "")
 
 
 def to_rgb(image: PILImage.Image) -> tuple[PILImage.Image, tuple[str, ...]]:
-    """The picture in RGB as a person sees it, and what was converted."""
+    """The picture in RGB as a person sees it, and what was converted; of its own result it changes nothing."""
     notes = []
     if _is_animated(image):
         notes.append("animation: first frame")
@@ -94,6 +96,7 @@ def to_rgb(image: PILImage.Image) -> tuple[PILImage.Image, tuple[str, ...]]:
         notes.append("EXIF rotation")
         # not `ImageOps.exif_transpose`, which also writes the other tags anew and fails where one is broken
         image = image.transpose(turn)
+        image.info = {name: value for name, value in image.info.items() if name not in ORIENTED}
     if image.mode.startswith("I"):  # `convert` would clip at 255
         notes.append("16 bit")
         values = np.asarray(image)

@@ -77,15 +77,24 @@ class TokenSteps:
 
     def __call__(self, contents: list[Content]) -> Tensor:
         """Each row's new id, or nothing; hidden state behind it (R, D), rubbish where there is nothing."""
+        if not self.cache.keys.is_cuda:
+            return extend(self.model, self.cache, contents)
+        ids = torch.tensor([content[0] if content else PAD_ID for content in contents])
+        return self._replay(ids.to(self.cache.keys.device, non_blocking=True), [len(content) for content in contents])
+
+    def of_all(self, ids: Tensor) -> Tensor:
+        """The same of a new id for every row, (R,), which no one waits for."""
+        if not self.cache.keys.is_cuda:
+            return extend(self.model, self.cache, [[i] for i in ids.tolist()])
+        return self._replay(ids, [1] * len(ids))
+
+    def _replay(self, ids: Tensor, counts: list[int]) -> Tensor:
         cache = self.cache
-        if not cache.keys.is_cuda:
-            return extend(self.model, cache, contents)
         if cache.longest >= self.columns:
             self.columns = min(-(-(cache.longest + 1) // COLUMNS) * COLUMNS, cache.capacity)
             self.step = Replayed(functools.partial(_step, self.model, cache, self.columns))
-        ids = torch.tensor([content[0] if content else PAD_ID for content in contents])
-        hidden = self.step(ids.to(cache.keys.device, non_blocking=True))
-        cache.advance([len(content) for content in contents])
+        hidden = self.step(ids)
+        cache.advance(counts)
         return hidden
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,7 @@ def test_failures_are_told_and_what_is_done_is_kept(recorded, tmp_path, monkeypa
     assert "broken, seed 0: fit: tfusion: error: no cache" in told.err and "tiny, seed 1: done" in told.err
     assert "| tiny | 1 | 20 |" in told.out
     assert [run["system"] for run in json.loads((tmp_path / "systems.json").read_text())] == ["broken", "tiny"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the caller's again"
 
 
 def test_when_it_is_killed_nothing_trains_on(tmp_path):

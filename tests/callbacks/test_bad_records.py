@@ -15,6 +15,7 @@ from tfusion.callbacks.bad_records import BadRecordReport
 from tfusion.callbacks.training_metrics import TrainingMetrics
 from tfusion.data.records import BadRecord
 from tfusion.tokenizers import PixelTokenizer
+from tfusion.training import transfusion
 
 
 class Overflowing(PixelTokenizer):
@@ -74,6 +75,22 @@ def test_latents_that_are_not_finite_have_no_loss_and_are_named(fit, caplog) -> 
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["picture-3"]
     assert "picture-3" in caplog.text
     assert not module.latent_checks
+
+
+def test_they_count_in_no_mean_by_quarter(fit, monkeypatch) -> None:
+    counted = []
+
+    def recorded(batch, losses, errors, timesteps, valid, num_timesteps):
+        found = sums(batch, losses, errors, timesteps, valid, num_timesteps)
+        counted.append((int(found[9:13].sum()), int((valid & (batch.noise_limits > 0)).sum())))
+        broken = [key == "picture-3" for key in batch.image_keys]
+        assert not valid[: len(broken)][torch.tensor(broken, dtype=torch.bool)].any()
+        return found
+
+    sums = transfusion.micro_batch_sums
+    monkeypatch.setattr(transfusion, "micro_batch_sums", recorded)
+    fit(3, max_bad_share=0.2)
+    assert counted and all(by_quarter == good for by_quarter, good in counted)
 
 
 def test_more_of_them_than_allowed_end_the_run(fit) -> None:

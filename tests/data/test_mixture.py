@@ -307,6 +307,35 @@ def test_best_fit_fills_rows_and_loses_no_document(make_mixture) -> None:
         assert position.images - min(position.pending) <= LOOK_AHEAD * max(map(len, rows))
 
 
+class Counted(Sequence):
+    """Pictures whose captions are known without them."""
+
+    def __init__(self, pictures: Sequence[CaptionedImage]) -> None:
+        self.pictures, self.read = pictures, []
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> CaptionedImage:
+        self.read.append(index)
+        return self.pictures[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.pictures[index].captions
+
+
+def test_what_waits_is_not_read(make_mixture, pictures) -> None:
+    """A picture is read when it is placed, and none is kept."""
+    counted = Counted(pictures.load("train"))
+    mixture = make_mixture(128, 1.0, text=None, images=counted)
+    stream = Stream(mixture, 0, StreamPosition())
+    rows = [stream.next_row() for _ in range(9)]
+    assert len(counted.read) == sum(map(len, rows))
+    assert all(image.data.numel() == 192 for row in rows for document in row for image in document.images)
+    assert len(stream._pending) == LOOK_AHEAD
+    assert all(image.data.numel() == 0 for document in stream._pending.values() for image in document.images)
+
+
 # Documents that no row can hold
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tfusion.data import order
@@ -49,5 +51,16 @@ def test_each_round_of_lanes_visits_each_stream_once() -> None:
 def test_is_pure() -> None:
     """The same backwards, again, and without what was remembered."""
     forwards = [element("text", 17, 5, index) for index in range(1000)]
-    order._permutation.cache_clear()
+    order._permutations.cache_clear()
     assert [element("text", 17, 5, index) for index in reversed(range(1000))] == forwards[::-1]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(17, 32), (2**19, 8), (2**22, 2)])
+def test_of_a_large_corpus_few_permutations_are_kept(size: int, kept: int, monkeypatch) -> None:
+    """Every process of a loader keeps them, 4 bytes an element."""
+    monkeypatch.setattr(order.np.random, "Philox", lambda seed: SimpleNamespace(random_raw=lambda n: np.zeros(1)))
+    order._permutations.cache_clear()
+    permutations = order._permutations("image", size, 0)
+    assert {permutations(epoch).itemsize for epoch in range(40)} == {4}
+    assert permutations.cache_info().currsize == kept
+    order._permutations.cache_clear()

@@ -159,6 +159,20 @@ def test_clean_image_is_written_after_denoising_and_text_goes_on(trunk: Transfor
         close(out[row], whole[n:])
 
 
+def test_the_first_rows_are_the_same_memory(trunk: Transformer) -> None:
+    """What is denoised beside some rows alone is what is denoised beside them among all."""
+    cache = prefixes(trunk, [8, 2, 5])
+    some = cache.first(2)
+    assert some.row_lengths == [8, 2] == some.lengths.tolist() and some.capacity == cache.capacity
+    assert some.keys.data_ptr() == cache.keys.data_ptr() and some.values.data_ptr() == cache.values.data_ptr()
+    x, outs = normal(3, 5, D, seed=50), []
+    for rows in (some, cache, some):
+        view = rows.view(rows.lengths[:, None].expand(-1, 5), False)
+        outs.append(trunk(x[: len(rows.row_lengths)], view.index, cache=view)[:2])
+    close(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
 def test_select_is_a_copy_and_put_writes_back(trunk: Transformer) -> None:
     """Rows go their own way and come back; the others never notice."""
     cache = prefixes(trunk, [8, 2, 13])

@@ -40,6 +40,7 @@ from tfusion.bench.packed import packed_batch
 from tfusion.bench.scaling_report import draw, table
 from tfusion.bench.setting import DEVICE, PRECISIONS, Sizes, median, our_module, parameters_of
 from tfusion.bench.train_step import StepTimes
+from tfusion.models.attention import backend_for
 from tfusion.models.flops import attention_share, training_flops
 from tfusion.sequence import Batch
 
@@ -147,7 +148,7 @@ def flops_a_position(point: Point, timing: Timing) -> float:
     """Model FLOPs of a step over its positions; processes change nothing."""
     sizes = sizes_of(point, timing)
     batch, model = batch_of(point, sizes), our_module(sizes, point.seq_len).model
-    share = attention_share(batch) if DEVICE.type == "cuda" else 1.0  # flex leaves out what nobody sees
+    share = attention_share(batch) if backend_for(DEVICE.type) == "flex" else 1.0  # flex leaves out what nobody sees
     images, labels = len(batch.image_valid), int(batch.step_counts[0])
     flops = training_flops(model, point.rows, point.seq_len, labels, images, share)
     return flops / (point.rows * point.seq_len)

@@ -188,14 +188,17 @@ def main(args: list[str] | None = None) -> None:
     if not chosen:
         names = ", ".join(f"{system.name} ({len(system.seeds)})" for system in SYSTEMS)
         parser.error(f"no system's name contains {options.only!r}, with these seeds; there are (seeds): {names}")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = (options.out, options.configs, threads, options.extra)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        runs = [pool.submit(run, *one, *settings) for one in chosen]
-        for done in as_completed(runs):
-            write(options.out / "systems.json", [done.result()])
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            runs = [pool.submit(run, *one, *settings) for one in chosen]
+            for done in as_completed(runs):
+                write(options.out / "systems.json", [done.result()])
+    finally:  # of who called: a pool of processes could not end what it forks
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     results = [one.result() for one in runs]
     sys.stdout.write(as_table(results))
     if any("failed" in result for result in results):

@@ -232,7 +232,8 @@ class MultimodalDataModule(L.LightningDataModule):
     def train_dataloader(self) -> MicroBatches:
         """Micro-batches from the committed position on."""
         dataset = StepDataset(self.mixture, self.layout, self.seed, self.step, dict(self.positions))
-        options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if self.num_workers else {}
+        ahead = max(1, 4 // self.layout.micro_batches)  # steps a worker, each whole
+        options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": ahead} if self.num_workers else {}
         pinned = self.trainer.strategy.root_device.type == "cuda"
         return MicroBatches(
             DataLoader(dataset, batch_size=None, num_workers=self.num_workers, pin_memory=pinned, **options)

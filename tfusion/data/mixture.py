@@ -14,9 +14,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from tfusion.data.corpora import CaptionedImage
 from tfusion.data.order import Order
-from tfusion.data.sources import Concatenated
+from tfusion.data.sources import Concatenated, captions_of
 from tfusion.data.text_pieces import TextPieces
 from tfusion.randomness import seed_from, uniform
 from tfusion.sequence import Document, Image, Row, RowShape
@@ -24,6 +27,7 @@ from tfusion.tokenizers.text import TextTokenizer
 
 logger = logging.getLogger(__name__)
 LOOK_AHEAD = 64  # image documents considered for a row where no text fills gaps
+UNREAD = torch.empty(0)  # in place of a picture
 SHARE_UNIT = 10_000  # deficits are whole numbers of 1 / SHARE_UNIT positions
 
 
@@ -58,22 +62,27 @@ class CaptionedDocuments:
     def get(self, epoch: int, index: int) -> Document:
         """The document of a picture in an epoch."""
         picture = self.pictures[index]
+        mirrored = picture.flip and uniform("flip", self.seed, epoch, index) < 0.5
+        return self._document(epoch, index, picture.captions, picture.data(mirrored), picture.key)
 
+    def outline(self, epoch: int, index: int) -> Document:
+        """The same without the picture, which is not read where the corpus knows captions by themselves."""
+        return self._document(epoch, index, captions_of(self.pictures, index), UNREAD, "")
+
+    def _document(self, epoch: int, index: int, captions: tuple[str, ...], data: Tensor, key: str) -> Document:
         def chance(what: str) -> float:
             return uniform(what, self.seed, epoch, index)
 
-        data = picture.data(mirrored=picture.flip and chance("flip") < 0.5)
+        def caption() -> list[int]:
+            choice = seed_from("caption", self.seed, epoch, index) % len(captions)
+            return self.tokenizer.encode(captions[choice])
+
         if chance("order") >= self.caption_first:
-            image = Image(data, self.image_first_noise_limit, picture.key)
-            return Document((image, self._caption(picture, epoch, index)))
-        image = Image(data, key=picture.key)
+            return Document((Image(data, self.image_first_noise_limit, key), caption()))
+        image = Image(data, key=key)
         if chance("drop") < self.caption_drop:
             return Document((image,))
-        return Document((self._caption(picture, epoch, index), image))
-
-    def _caption(self, picture: CaptionedImage, epoch: int, index: int) -> list[int]:
-        choice = seed_from("caption", self.seed, epoch, index) % len(picture.captions)
-        return self.tokenizer.encode(picture.captions[choice])
+        return Document((caption(), image))
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,11 @@ class Mixture:
         """The stream's element number `taken` of the pictures."""
         assert self.images is not None
         return self.images.get(*self._image_order.element(stream + taken * self.num_streams))
+
+    def outline(self, stream: int, taken: int) -> Document:
+        """The same without its picture."""
+        assert self.images is not None
+        return self.images.outline(*self._image_order.element(stream + taken * self.num_streams))
 
     @functools.cached_property
     def _text_order(self) -> Order:
@@ -208,13 +222,16 @@ class Stream:
         raise ValueError("1000 image documents in a row are longer than seq_len: raise seq_len or shorten the captions")
 
     def _fill_best_fit(self, row: Row) -> None:
-        """Pictures only: the oldest of the look-ahead, then whatever leaves the least room."""
+        """Pictures only: the oldest of the look-ahead, then whatever leaves the least room.
+
+        What waits is outlines: with their pixels, a stream's would take a dozen MB.
+        """
         shape = self.mixture.shape
-        waiting = {n: self._pending.get(n) or self.mixture.image(self.number, n) for n in self.position.pending}
+        waiting = {n: self._pending.get(n) or self.mixture.outline(self.number, n) for n in self.position.pending}
         taken = self.position.images
         while True:
             while len(waiting) < LOOK_AHEAD:
-                document = self.mixture.image(self.number, taken)
+                document = self.mixture.outline(self.number, taken)
                 if Row(shape).fits(document):
                     waiting[taken] = document
                 elif not waiting and taken - self.position.images > 1000:
@@ -227,6 +244,8 @@ class Stream:
                 break
             oldest = min(waiting)
             longest = max(fitting, key=lambda n: (waiting[n].length(shape.num_patches), -n))
-            row.add(waiting.pop(oldest if not row.documents else longest))
+            placed = oldest if not row.documents else longest
+            del waiting[placed]
+            row.add(self.mixture.image(self.number, placed))
         self._pending = waiting
         self.position = dataclasses.replace(self.position, images=taken, pending=tuple(sorted(waiting)))

@@ -9,12 +9,14 @@ Several corpora of a kind are one corpus of all their elements, or, with weights
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tfusion.randomness import seed_from
 
+KEPT = 2**22  # elements of a corpus's permutations
 PATTERN = 10_007  # turns; a prime, so that streams, which take every S-th, all see the whole pattern
 
 
@@ -61,7 +63,7 @@ class Order:
 def element(corpus: str, size: int, seed: int, index: int) -> tuple[int, int]:
     """(epoch, document) of the index-th element of a corpus of `size` elements."""
     epoch, place = divmod(index, size)
-    return epoch, int(_permutation(corpus, size, seed, epoch)[place])
+    return epoch, int(_permutations(corpus, size, seed)(epoch)[place])
 
 
 def stream_of(step: int, slot: int, lanes: int, rows_per_step: int) -> int:
@@ -69,7 +71,16 @@ def stream_of(step: int, slot: int, lanes: int, rows_per_step: int) -> int:
     return (step % lanes) * rows_per_step + slot
 
 
-@functools.lru_cache(maxsize=32)  # the streams of a run are within a few epochs of each other
-def _permutation(corpus: str, size: int, seed: int, epoch: int) -> np.ndarray:
-    # numpy promises the same raw bits in every version, and nothing of `permutation`
-    return np.random.Philox(seed_from("order", corpus, seed, epoch)).random_raw(size).argsort(kind="stable")
+@functools.lru_cache(maxsize=64)
+def _permutations(corpus: str, size: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Of a corpus, by epoch; the last ones are kept: the streams of a run are within a few epochs of each other, of a
+    large corpus within two.
+    """
+    dtype = np.uint32 if size <= 2**32 else np.int64  # every process of a loader keeps them
+
+    def permutation(epoch: int) -> np.ndarray:
+        # numpy promises the same raw bits in every version, and nothing of its own `permutation`
+        bits = np.random.Philox(seed_from("order", corpus, seed, epoch)).random_raw(size)
+        return bits.argsort(kind="stable").astype(dtype)
+
+    return functools.lru_cache(maxsize=min(max(KEPT // size, 2), 32))(permutation)

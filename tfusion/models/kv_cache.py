@@ -60,6 +60,14 @@ class KVCache:
         new.row_lengths = [self.row_lengths[row] for row in rows]
         return new
 
+    def first(self, rows: int) -> KVCache:
+        """So many rows in place: what either writes, the other reads."""
+        new = copy.copy(self)
+        new.keys, new.values = self.keys[:, :rows], self.values[:, :rows]
+        new.image_ids, new.lengths = self.image_ids[:rows], self.lengths[:rows]
+        new.row_lengths = self.row_lengths[:rows]
+        return new
+
     def put(self, rows: list[int], source: KVCache, source_rows: list[int]) -> None:
         """Overwrite some rows with rows of another cache of the same capacity."""
         to = torch.tensor(rows, device=self.lengths.device, dtype=torch.long)

@@ -29,11 +29,13 @@ def quarter_name(quarter: int, num_timesteps: int) -> str:
 
 
 @torch.no_grad()
-def micro_batch_sums(batch: Batch, losses: Tensor, errors: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
-    """(13,) of one micro-batch, from its losses (2,) and each image's error and timestep (I,)."""
+def micro_batch_sums(
+    batch: Batch, losses: Tensor, errors: Tensor, timesteps: Tensor, valid: Tensor, num_timesteps: int
+) -> Tensor:
+    """(13,) of one micro-batch, from its losses (2,) and each image's error, timestep and whether it counts (I,)."""
     quarter = noise_quarter(timesteps, num_timesteps)
     by_quarter = errors.new_zeros(2, NUM_QUARTERS)
-    noised = batch.image_valid & (batch.noise_limits > 0)
+    noised = valid & (batch.noise_limits > 0)
     by_quarter.index_add_(1, quarter, torch.stack([errors, noised.float()]))
     return torch.cat([losses.detach(), row_sums(batch), by_quarter.flatten()])
 

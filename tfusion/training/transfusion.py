@@ -131,12 +131,12 @@ class TransfusionModule(MultimodalModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of the global means."""
-        nll, errors, timesteps, _ = self._losses(self.model, batch)
+        nll, errors, timesteps, valid = self._losses(self.model, batch)
         counts = self.counts_of_step(batch, batch_idx).clamp(min=1)  # an absent modality gives loss 0
         text_loss, diffusion_loss = nll.sum() / counts[0], errors.sum() / counts[1]
         loss = text_loss + self.diffusion_loss_weight * diffusion_loss
         losses = torch.stack([text_loss, diffusion_loss])
-        sums = micro_batch_sums(batch, losses, errors.detach(), timesteps, self.process.num_train_timesteps)
+        sums = micro_batch_sums(batch, losses, errors.detach(), timesteps, valid, self.process.num_train_timesteps)
         return self.add_micro_batch(loss, sums, batch_idx)
 
     def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
