@@ -240,6 +240,13 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in names)
 
 
+@pytest.mark.parametrize(("accumulate", "ahead"), [(1, 4), (2, 2), (8, 1)])
+def test_workers_run_ahead_by_rows_not_by_steps(tiny_data, tiny_module, attached, accumulate: int, ahead: int) -> None:
+    """A worker makes whole steps, of however many micro-batches."""
+    data = attached(tiny_data(num_workers=1, rows_per_step=8), tiny_module(), accumulate=accumulate)
+    assert data.train_dataloader().steps.prefetch_factor == ahead
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_position_is_committed_at_whole_steps_and_goes_on(tiny_data, tiny_module, attached, accumulate: int) -> None:
     def fresh() -> MultimodalDataModule:

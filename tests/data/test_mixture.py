@@ -281,11 +281,11 @@ def test_goes_on_from_any_position(make_mixture, kind: str) -> None:
     rows, positions = rows_of(mixture, 1, 120)
     expected = [[described(document) for document in row] for row in rows]
     for done in [1, 2, 3, *range(4, 110, 7)]:
-        position = positions[done - 1].as_tuple()
+        position = tuple(positions[done - 1])
         again, later = rows_of(mixture, 1, 6, position)
         assert [[described(document) for document in row] for row in again] == expected[done : done + 6]
         assert later == positions[done : done + 6]
-    assert all(isinstance(n, int) for n in positions[-1].as_tuple()[:5])
+    assert all(isinstance(n, int) for n in positions[-1][:5])
     assert positions[-1].rows == 120
 
 

@@ -8,11 +8,11 @@ fit out of a look-ahead of 64. A stream's whole state is `StreamPosition`, a few
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,8 +85,7 @@ class CaptionedDocuments:
         return Document((caption(), image))
 
 
-@dataclass(frozen=True)
-class StreamPosition:
+class StreamPosition(NamedTuple):
     """Where a stream stands: all that a resume needs.
 
     `rows` emitted, `text` and `images` elements taken, `offset` positions of the current text element that earlier
@@ -99,9 +98,6 @@ class StreamPosition:
     images: int = 0
     deficit: int = 0
     pending: tuple[int, ...] = ()
-
-    def as_tuple(self) -> tuple:
-        return dataclasses.astuple(self)
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,7 @@ class Stream:
             while row.room:
                 if not (self.mixture.images and self.position.deficit >= 0 and self._add_image(row)):
                     self._add_text(row)
-        self.position = dataclasses.replace(self.position, rows=self.position.rows + 1)
+        self.position = self.position._replace(rows=self.position.rows + 1)
         return row.documents
 
     def _add_image(self, row: Row) -> bool:
@@ -207,7 +203,7 @@ class Stream:
     def _count(self, used: int, image: bool, **changes: int) -> None:
         share = round(self.mixture.image_share * SHARE_UNIT)
         deficit = self.position.deficit + used * (share - SHARE_UNIT if image else share)
-        self.position = dataclasses.replace(self.position, deficit=deficit, **changes)
+        self.position = self.position._replace(deficit=deficit, **changes)
 
     def _next_fitting(self) -> Document:
         """The next image document that a row can hold; longer ones are skipped and named."""
@@ -218,7 +214,7 @@ class Stream:
                 self._pending[taken] = document
                 return document
             self.mixture.skip(self.number, taken, document)
-            self.position = dataclasses.replace(self.position, images=taken + 1)
+            self.position = self.position._replace(images=taken + 1)
         raise ValueError("1000 image documents in a row are longer than seq_len: raise seq_len or shorten the captions")
 
     def _fill_best_fit(self, row: Row) -> None:
@@ -248,4 +244,4 @@ class Stream:
             del waiting[placed]
             row.add(self.mixture.image(self.number, placed))
         self._pending = waiting
-        self.position = dataclasses.replace(self.position, images=taken, pending=tuple(sorted(waiting)))
+        self.position = self.position._replace(images=taken, pending=tuple(sorted(waiting)))

@@ -94,7 +94,7 @@ class StepDataset(IterableDataset):
                     position = StreamPosition(*self.positions.get(number, ()))
                     streams[number] = Stream(self.mixture, number, position)
                 rows.append(streams[number].next_row())
-                after.append((number, streams[number].position.as_tuple()))
+                after.append((number, tuple(streams[number].position)))
                 seeds.append(("noise", self.seed, step, slot))
             batches.append(collate(rows, self.mixture.shape, seeds))
         counts = sum(batch.step_counts for batch in batches)
