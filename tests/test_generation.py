@@ -297,6 +297,12 @@ def test_refusals(model, tokenizer):
         decoder.generate([Request(("a",), "image", 1, 0, dataclasses.replace(SETTINGS, sampler="ddpm"))])
 
 
+@pytest.mark.parametrize("segment", [{"text": "a"}, {"image": "a.png"}, b"a", None])
+def test_a_request_of_something_else_is_refused(segment):
+    with pytest.raises(ValueError, match="a Request holds strings and PIL pictures; dictionaries and paths belong to"):
+        Request(("a", segment), "text")
+
+
 def test_pictures_of_any_size_are_encoded_together_each_in_its_place(model, tokenizer):
     calls = []
 

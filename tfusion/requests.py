@@ -77,13 +77,25 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """`segments` given, then what is wanted: an image, text, or whatever the model comes up with (`any`)."""
+    """`segments` given, then what is wanted: an image, text, or whatever the model comes up with (`any`).
+
+    Raises:
+        ValueError: a segment that is neither a string nor a PIL picture.
+    """
 
     segments: tuple[Segment, ...]
     generate: Target = "any"
     n: int = 1  # samples; sample k uses the generators seeded by (seed, k)
     seed: int = 0
     config: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        for segment in self.segments:
+            if not isinstance(segment, (str, PILImage.Image)):
+                raise ValueError(
+                    f"segment {segment!r}: a Request holds strings and PIL pictures; dictionaries and paths belong to "
+                    'the dictionary form, {"segments": [...], "generate": ...}, in its place'
+                )
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,8 @@ def parse_request(line: dict[str, Any] | Request, defaults: GenerationConfig, fo
         raise ValueError(f'got {type(line).__name__}, expected an object such as {{"segments": [{{"text": "..."}}]}}')
     unknown = sorted(set(line) - _REQUEST_KEYS - _CONFIG_KEYS)
     if unknown:
-        raise ValueError(f"unknown keys {unknown}, expected some of {sorted(_REQUEST_KEYS | _CONFIG_KEYS)}")
+        form = "" if "segments" in line else ' (the prompt goes into "segments", such as {"segments": ["red heart"]})'
+        raise ValueError(f"unknown keys {unknown}, expected some of {sorted(_REQUEST_KEYS | _CONFIG_KEYS)}{form}")
     segments = line.get("segments")
     if not isinstance(segments, (list, tuple)):
         raise ValueError(f'key "segments": got {segments!r}, expected a list such as [{{"text": "red heart"}}]')

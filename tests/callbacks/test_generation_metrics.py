@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import socket
@@ -280,6 +281,17 @@ def test_when_it_measures(tmp_path: Path) -> None:
     assert steps_measured(tmp_path, every_n_steps=3, max_steps=8) == [4, 6]
     assert steps_measured(tmp_path, every_n_steps=1, max_steps=5) == [2, 4]
     assert steps_measured(tmp_path, every_n_steps=1, max_steps=1, fast_dev_run=True) == []
+
+
+@pytest.mark.parametrize("every_n_steps", [2, 3])
+def test_a_fit_that_measures_nothing_says_so_and_calls_nothing_biased(tmp_path, caplog, every_n_steps: int) -> None:
+    with caplog.at_level(logging.INFO, "tfusion"):
+        callback = GenerationMetrics([Stub()], num_images=3, every_n_steps=every_n_steps)
+        trainer = trainer_of(tmp_path, callback, max_steps=2)
+        trainer.fit(Module(), Data(Corpus()))
+    measures = every_n_steps == 2
+    assert ("none in this fit, every_n_steps 3 is past trainer.max_steps 2" in caplog.text) != measures
+    assert ("is biased, and will be called" in caplog.text) == measures
 
 
 def test_a_resumed_run_measures_when_an_unbroken_one_does(tmp_path: Path) -> None:

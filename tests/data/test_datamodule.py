@@ -185,7 +185,7 @@ def test_as_many_slots_as_fit_are_enough(tiny_data, tiny_module, attached, alone
     settings = {"text_corpora": []} if alone else {"image_share": 0.9}
     with caplog.at_level("INFO", "tfusion.data.building"):
         data = attached(tiny_data(image_corpora=[large], **settings), module)
-    filled = f"fill no more than 66 % of rows of 64, where {100 if alone else 90} % is asked for"
+    filled = f"fill about 66 % of rows of 64, where {100 if alone else 90} % is asked for"
     assert filled in caplog.text and ("stays empty" in caplog.text) == alone
     batch = next(iter(data.train_dataloader()))
     assert bool(batch.image_valid.all()) and data.mixture.shape.max_images == 1

@@ -57,6 +57,7 @@ def test_lines_become_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         ('{"segments": ["a"]', "not JSON .*column 19.*one object a line"),
         ('["a"]', "got list, expected an object"),
         ('{"segments": ["a"], "tmperature": 1}', r"unknown keys \['tmperature'\].*temperature"),
+        ('{"text": "a", "generate": "image"}', r"unknown keys \['text'\].*the prompt goes into \"segments\""),
         ('{"generate": "text"}', 'key "segments": got None, expected a list'),
         ('{"segments": ["a"], "generate": "picture"}', 'key "generate": got \'picture\', expected "image"'),
         ('{"segments": ["a"], "n": 0}', 'key "n": got 0, expected a whole number'),

@@ -108,10 +108,16 @@ class GenerationMetrics(pl.Callback):
         self._check_corpora(corpora, pl_module)
         for network in self.networks:
             network.load(trainer.strategy.root_device)
+        measures = stage == "validate" or not 0 <= trainer.max_steps < self.every_n_steps
+        if trainer.is_global_zero and not measures:
+            log.info(
+                "generation metrics: none in this fit, every_n_steps %d is past trainer.max_steps %d",
+                *(self.every_n_steps, trainer.max_steps),
+            )
         for corpus in corpora:
             pictures = self._split_of(trainer, corpus)
             self._check_pixels(corpus.name, pictures)
-            self._check_numbers(trainer.is_global_zero, corpus.name, len(pictures))
+            self._check_numbers(trainer.is_global_zero and measures, corpus.name, len(pictures))
             # what could not be asked for or compared is refused now, by every rank
             first = Request((captions_of(pictures, 0)[0],), "image", config=self._config(pl_module))
             try:

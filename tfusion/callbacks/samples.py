@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from tfusion.callbacks.sheets import attribution_of, draw_sheet, pictures_of, te
 from tfusion.data.sources import has_pixels
 from tfusion.requests import Generation, Request, Segment
 from tfusion.training.parallel import gather_lists
+
+log = logging.getLogger(__name__)
 
 
 class SampleGrid(pl.Callback):
@@ -93,6 +96,8 @@ class SampleGrid(pl.Callback):
         pl_module.check_requests(self._requests)  # all of them on every rank, so that all refuse
         mine = slice(trainer.global_rank, None, trainer.world_size)
         numbers = list(range(len(self._requests)))[mine]
+        if trainer.is_global_zero:  # it may take a minute
+            log.info("samples: making %d for a sheet", len(self._requests))
         # (a rank without any takes part: gathering the weights is a collective)
         generations = gather_lists(pl_module.generate(self._requests[mine], numbers))
         generations.sort(key=lambda generation: (generation.request, generation.sample))

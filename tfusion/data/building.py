@@ -200,8 +200,8 @@ def fit_rows(shape: RowShape, mean: float, image_share: float, alone: bool, give
     reached = max(1, min(shape.max_images, shape.seq_len // mean)) * mean / shape.seq_len  # documents are whole
     if reached < 0.9 * image_share:
         log.info(
-            "image documents, whole and of %d positions on average, may fill no more than %.0f %% of rows of %d, where "
-            "%.0f %% is asked for; %s (check_data packs some rows and says how they are filled)",
+            "image documents, whole and of %d positions on average, fill about %.0f %% of rows of %d, where %.0f %% is "
+            "asked for; %s; a longer data.seq_len holds more (check_data packs some rows and says how they are filled)",
             *(mean, 100 * reached, shape.seq_len, 100 * image_share),
             "the rest stays empty" if alone else "text fills the rest",
         )

@@ -169,7 +169,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint: give a .ckpt that `tfusion fit` wrote ({error})") from error
+        why = f" ({error})" if isinstance(error, OSError) else ""  # torch's words are about ways of saving
+        raise ValueError(f"{path} is no checkpoint: give a .ckpt that `tfusion fit` wrote{why}") from error
     needed = {"state_dict", "text_tokenizer", "architecture"}
     if not isinstance(saved, dict) or not needed <= saved.keys():
         raise ValueError(
