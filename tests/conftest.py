@@ -199,6 +199,7 @@ def attached() -> Callable[..., MultimodalDataModule]:
             global_rank=rank,
             world_size=ranks,
             accumulate_grad_batches=accumulate,
+            max_steps=-1,  # a Trainer's own default: no limit
             training=True,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
         )
