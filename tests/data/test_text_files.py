@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -11,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tfusion.data import record_builder, text_records
+from tfusion.data import Shakespeare, record_builder, text_records
 from tfusion.data.sources import load_split
 from tfusion.data.text_files import TextFiles
-from tfusion.data.text_pieces import TextPieces
+from tfusion.data.text_pieces import BEGINNING, TextPieces
+from tfusion.tokenizers.text import TextTokenizer
 
 TEXTS = [f'Text {n}.\n\nIt has é, 漢 and 😀, a \t tab\r\nand "quotes" {"more " * n}' for n in range(20)]
 
@@ -211,6 +213,19 @@ def test_pieces_put_together_are_the_text(tmp_path: Path, byte_tokenizer) -> Non
         assert found == [*texts, *TEXTS]
         assert pieces.sizes[0] + pieces.sizes[1] == len(pieces)
         assert most < 1000 or pieces.sizes[1] == len(TEXTS)
+
+
+def test_of_the_next_piece_only_the_beginning_is_encoded(cache_folder: None, monkeypatch) -> None:
+    texts = Shakespeare().load("val")
+    tokenizer, given = TextTokenizer.train(texts, 1024), []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: given.append(len(text.encode())) or encode(text))
+    pieces = TextPieces([texts], tokenizer, 1000)
+    documents = [pieces[n] for n in range(len(pieces))]
+    whole = sum(len(text.encode()) for text in texts)
+    assert len(documents) > 100 and whole < sum(given) <= whole + BEGINNING * len(documents)
+    for document, following in itertools.pairwise(documents):
+        assert document.next_id == (None if document.eos else following.elements[0][0])
 
 
 def test_texts_lie_on_disk(tmp_path: Path, monkeypatch) -> None:

@@ -12,6 +12,8 @@ from tfusion.data.sources import EncodedTexts
 from tfusion.sequence import Document
 from tfusion.tokenizers.text import TextTokenizer
 
+BEGINNING = 256  # bytes that hold a piece's first token
+
 
 class TextPieces(Sequence[Document]):
     """Texts cut at line ends into pieces of at most `max_bytes`; each piece is an element.
@@ -59,12 +61,16 @@ class TextPieces(Sequence[Document]):
         text = pieces[place, 0]
         first = place == 0 or pieces[place - 1, 0] != text
         last = place + 1 == len(pieces) or pieces[place + 1, 0] != text
-        next_id = None if last else self._encode(corpus, place + 1)[0]
-        return Document((self._encode(corpus, place),), bos=bool(first), eos=bool(last), next_id=next_id)
+        next_id = None
+        if not last:  # of its beginning alone: all of the piece would cost as much as this one
+            beginning = self._read(corpus, place + 1)[:BEGINNING].decode(errors="ignore")  # a character may be cut
+            next_id = self.tokenizer.encode(beginning)[0]
+        ids = self.tokenizer.encode(self._read(corpus, place).decode())
+        return Document((ids,), bos=bool(first), eos=bool(last), next_id=next_id)
 
-    def _encode(self, corpus: int, place: int) -> list[int]:
+    def _read(self, corpus: int, place: int) -> bytes:
         text, start, end = map(int, self.pieces[corpus][place])
-        return self.tokenizer.encode(bytes(self.corpora[corpus].utf8(text)[start:end]).decode())
+        return bytes(self.corpora[corpus].utf8(text)[start:end])
 
 
 def _cut_corpus(corpus: Any, max_bytes: int) -> np.ndarray:
