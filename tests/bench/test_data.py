@@ -12,6 +12,7 @@ import yaml
 from tests.data.picture_folders import write_pairs
 from tfusion.bench import data as bench
 from tfusion.data.mixture import Stream
+from tfusion.training.transfusion import TransfusionModule
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--steps", "3", "--warmup", "2", "--rounds", "1", "--loader-steps", "2", "--workers", "0", "1"]
@@ -53,7 +54,7 @@ def test_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert result["kind"] == "pictures" and len(result["corpora"]) == 2
     assert (result["rows"], result["seq_len"], result["workers"], result["steps"]) == (4, 256, 0, 3)
     assert result["ratio"] == pytest.approx(result["real_step_s"] / result["resident_step_s"])
-    assert result["ratio_of_means"] > 0
+    assert result["ratio_of_means"] > 0 and "ratio_error" not in result  # of one round
     assert result["loader"].keys() == {"0", "1"}
     for rates in result["loader"].values():
         assert rates["images_per_s"] > 0
@@ -69,11 +70,33 @@ def test_a_slow_loader_is_seen(
     """Rows that take 0.25 s each make steps of 4 rows at least a second long, on real data only."""
     next_row = Stream.next_row
     monkeypatch.setattr(Stream, "next_row", lambda stream: (time.sleep(0.25), next_row(stream))[1])
-    monkeypatch.setattr(bench, "LOOKED_AT", 1)
     monkeypatch.setattr(bench, "loader_rates", lambda *args: {})
     result = printed(arguments, capsys)
     assert result["real_step_s"] > 1
     assert result["real_step_s"] > result["resident_step_s"] + 0.5
+
+
+def test_ratio_of_rounds() -> None:
+    found = bench.ratio_of("ratio", [[2.0, 2.0], [3.0, 3.0]], [[2.0, 2.0], [2.0, 2.0]], bench.median)
+    assert found == {"ratio": 1.25, "ratio_error": 0.25}
+
+
+def test_the_batches_in_memory_are_those_of_the_loader(
+    arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fit sees the same steps, whichever kind comes first."""
+    seen: list[list[int]] = []
+    fit, training_step = bench.Bench.step_times, TransfusionModule.training_step
+    monkeypatch.setattr(bench.Bench, "step_times", lambda *args: (seen.append([]), fit(*args))[1])
+    monkeypatch.setattr(
+        TransfusionModule,
+        "training_step",
+        lambda self, batch, *rest: (seen[-1].append(int(batch.token_ids.sum())), training_step(self, batch, *rest))[1],
+    )
+    monkeypatch.setattr(bench, "loader_rates", lambda *args: {})
+    result = printed([*arguments, "--rounds", "2"], capsys)
+    assert len(seen) == 4 and all(steps == seen[0] for steps in seen) and len(set(seen[0])) > 1
+    assert result["ratio_error"] >= 0
 
 
 @pytest.mark.slow
@@ -82,7 +105,6 @@ def test_a_cache_of_latents(
 ) -> None:
     """The tiny cache that stands where the config expects one."""
     monkeypatch.chdir(config_folder)
-    monkeypatch.setattr(bench, "LOOKED_AT", 1)
     small = {"dim": 16, "num_layers": 1, "num_heads": 2}
     flags = [f"--model.init_args.model.init_args.{name}={value}" for name, value in small.items()]
     flags += ["--model.init_args.compile_blocks=false", f"--trainer.default_root_dir={tmp_path}"]

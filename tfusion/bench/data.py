@@ -1,4 +1,4 @@
-"""Is the loader seen? Trains on a corpus and on one batch of it that stays in memory. Prints one JSON object.
+"""Is the loader seen? Trains on a corpus and on the same batches out of memory. Prints one JSON object.
 
     python -m tfusion.bench.data --config configs/quickstart.yaml
     python -m tfusion.bench.data --config configs/pictures.yaml --config configs/data/flickr8k.yaml
@@ -8,13 +8,12 @@ Takes what `tfusion fit` takes, and trains the config's model on its data, on on
 flag of ours comes before or after. `--data.num_workers 1` asks for worker processes.
 
 - `real_step_s`, `resident_step_s`: median seconds from the end of one optimizer step to the end of the next, so that
-  waiting for the loader counts, of fits on the data and on one resident batch in turn. `ratio` is the first over the
-  second, of medians; `ratio_of_means` sees rare long waits, too. 1.02 = within 2 %.
+  waiting for the loader counts, of fits on the data and on the same batches, made before, in turn.
+- `ratio`: the first over the second, mean of the rounds, each of a fit of either kind, and its standard error;
+  `ratio_of_means` is of mean seconds and sees rare long waits, too. 1.02 = within 2 %.
 - `loader`: batches alone, taken as fast as they come, made by 0, 1 and 2 workers one after another: `images_per_s`
   and `positions_per_s` (without padding), medians of rounds. `images_a_step` and `positions_a_step` are what a step
   takes.
-
-The resident batch has, of the first 16, the middle number of labels: their number is what differs from step to step.
 """
 
 from __future__ import annotations
@@ -39,8 +38,6 @@ from tfusion.data.datamodule import MultimodalDataModule
 from tfusion.data.steps import MicroBatches
 from tfusion.sequence import Batch
 from tfusion.training.trainer_settings import precision_on
-
-LOOKED_AT = 16  # batches, of which one becomes the resident one
 
 
 class StepEnds(L.Callback):
@@ -92,22 +89,18 @@ class Bench:
         self.data.layout = self.data.layout_under(trainer)
         return self.data.train_dataloader()
 
-    def resident(self) -> Batch:
-        """The batch that is trained on again and again."""
-        batches = list(islice(self.loader(self.trainer(1, []), 0), LOOKED_AT))
-        middle = statistics.median_low(len(batch.text_labels) for batch in batches)
-        batch = next(batch for batch in batches if len(batch.text_labels) == middle)
-        batch.position = None
-        return batch.to(DEVICE)
+    def resident(self, steps: int) -> list[Batch]:
+        """The batches of that many steps, from the first on."""
+        batches = list(islice(self.loader(self.trainer(1, []), 0), steps * self.micro_batches))
+        for batch in batches:
+            batch.position = None
+        return [batch.to(DEVICE) for batch in batches]
 
-    def step_times(self, resident: Batch | None, steps: int, warmup: int) -> list[float]:
+    def step_times(self, resident: list[Batch] | None, steps: int, warmup: int) -> list[float]:
         """Seconds of the steps of one fit, after its warm-up, which also fills and drains the workers' queues."""
         ends = StepEnds(warmup)
         trainer = self.trainer(warmup + steps, [ends])
-        if resident is None:
-            loader = self.loader(trainer, self.workers)
-        else:
-            loader = DataLoader([resident] * ((warmup + steps) * self.micro_batches), batch_size=None)
+        loader = self.loader(trainer, self.workers) if resident is None else DataLoader(resident, batch_size=None)
         trainer.fit(self.module, loader)
         return ends.times
 
@@ -139,34 +132,43 @@ def loader_rates(bench: Bench, workers: list[int], steps: int, rounds: int, warm
     return found
 
 
+def ratio_of(name: str, real: list[list[float]], resident: list[list[float]], of: Any) -> dict[str, float]:
+    """The mean of the rounds' ratios and, of more than one, its standard error."""
+    ratios = [of(a) / of(b) for a, b in zip(real, resident, strict=True)]
+    found = {name: statistics.mean(ratios)}
+    if len(ratios) > 1:
+        found[f"{name}_error"] = statistics.stdev(ratios) / len(ratios) ** 0.5
+    return found
+
+
 def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """The JSON object."""
-    resident = bench.resident()
-    times: dict[str, list[float]] = {"real": [], "resident": []}
-    for _ in range(options.rounds):
-        times["real"] += bench.step_times(None, options.steps, options.warmup)
-        times["resident"] += bench.step_times(resident, options.steps, options.warmup)
-    real, still = median(times["real"]), median(times["resident"])
-    rows, seq_len = resident.token_ids.shape
-    data = bench.data
+    resident = bench.resident(options.warmup + options.steps)
+    real: list[list[float]] = []
+    still: list[list[float]] = []
+    for number in range(options.rounds):  # a machine that grows slower or faster favours neither
+        for batches, times in ((None, real), (resident, still))[:: -1 if number % 2 else 1]:
+            times.append(bench.step_times(batches, options.steps, options.warmup))
+    data, timed = bench.data, resident[options.warmup * bench.micro_batches :]
+    rows, seq_len = resident[0].token_ids.shape
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "corpora": [corpus.name for corpus in data.image_corpora + data.text_corpora],
-        "kind": "latents" if resident.latents is not None else "pictures" if data.image_corpora else "text",
+        "kind": "latents" if resident[0].latents is not None else "pictures" if data.image_corpora else "text",
         "precision": str(bench.precision),
         "params": sum(p.numel() for p in bench.module.model.parameters()),
         "rows": rows * bench.micro_batches,
         "seq_len": seq_len,
         "workers": bench.workers,
         "steps": options.steps * options.rounds,
-        "images_a_step": int(resident.image_valid.sum()) * bench.micro_batches,
-        "positions_a_step": int((resident.document_ids >= 0).sum()) * bench.micro_batches,
-        "real_step_s": real,
-        "resident_step_s": still,
-        "ratio": real / still,
-        "ratio_of_means": statistics.mean(times["real"]) / statistics.mean(times["resident"]),
+        "images_a_step": sum(int(batch.image_valid.sum()) for batch in timed) / options.steps,
+        "positions_a_step": sum(int((batch.document_ids >= 0).sum()) for batch in timed) / options.steps,
+        "real_step_s": median([seconds for times in real for seconds in times]),
+        "resident_step_s": median([seconds for times in still for seconds in times]),
+        **ratio_of("ratio", real, still, median),
+        **ratio_of("ratio_of_means", real, still, statistics.mean),
         "loader": loader_rates(bench, options.workers, options.loader_steps, options.rounds, 2),
     }
 
@@ -175,9 +177,9 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, default=30, help="timed, of each fit")
+    parser.add_argument("--steps", type=int, default=20, help="timed, of each fit")
     parser.add_argument("--warmup", type=int, default=12, help="steps before them; more than the workers' queues hold")
-    parser.add_argument("--rounds", type=int, default=3, help="fits of either kind, and rounds of the loader")
+    parser.add_argument("--rounds", type=int, default=8, help="fits of either kind, and rounds of the loader")
     parser.add_argument("--loader-steps", type=int, default=20, help="of the loader alone, a round")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of the loader alone")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
