@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.timeout(900)  # a test runs many commands, and on a busy machine; `run` ends one that hangs
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
 SHORT = (
     "--trainer.max_steps 4 --trainer.val_check_interval 4 --data.max_val_images 20 "
