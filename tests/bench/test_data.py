@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -81,22 +82,34 @@ def test_ratio_of_rounds() -> None:
     assert found == {"ratio": 1.25, "ratio_error": 0.25}
 
 
-def test_the_batches_in_memory_are_those_of_the_loader(
+def test_batches_come_from_the_loader_and_again_from_memory(
     arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every fit sees the same steps, whichever kind comes first."""
-    seen: list[list[int]] = []
-    fit, training_step = bench.Bench.step_times, TransfusionModule.training_step
-    monkeypatch.setattr(bench.Bench, "step_times", lambda *args: (seen.append([]), fit(*args))[1])
+    """In parts of 5 steps, of which those of the first round compile and are not counted."""
+    seen, training_step = [], TransfusionModule.training_step
     monkeypatch.setattr(
         TransfusionModule,
         "training_step",
-        lambda self, batch, *rest: (seen[-1].append(int(batch.token_ids.sum())), training_step(self, batch, *rest))[1],
+        lambda self, batch, *rest: (seen.append(int(batch.token_ids.sum())), training_step(self, batch, *rest))[1],
     )
     monkeypatch.setattr(bench, "loader_rates", lambda *args: {})
     result = printed([*arguments, "--rounds", "2"], capsys)
-    assert len(seen) == 4 and all(steps == seen[0] for steps in seen) and len(set(seen[0])) > 1
-    assert result["ratio_error"] >= 0
+    parts = [seen[at : at + 5] for at in range(0, len(seen), 5)]
+    assert len(seen) == 30 and parts[::2] == parts[1::2]
+    assert len(set(map(tuple, parts))) == 3
+    assert result["steps"] == 6 and result["ratio_error"] >= 0
+
+
+def test_steps_are_counted_to_their_part() -> None:
+    """A step's seconds begin at the end of the step before; the first of a part are left out."""
+    ends = bench.StepEnds(warmup=1, steps=2)
+    trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=0)
+    for micro_batch in range(12):
+        trainer.global_step = (micro_batch + 1) // 2
+        time.sleep(0.02 if micro_batch < 6 else 0.001)
+        ends.on_train_batch_end(trainer, None, None, None, micro_batch)
+    assert [len(part) for part in ends.times] == [2, 2]
+    assert min(ends.times[0]) > 0.04 and max(ends.times[1]) < 0.04
 
 
 @pytest.mark.slow

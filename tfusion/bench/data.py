@@ -8,9 +8,10 @@ Takes what `tfusion fit` takes, and trains the config's model on its data, on on
 flag of ours comes before or after. `--data.num_workers 1` asks for worker processes.
 
 - `real_step_s`, `resident_step_s`: median seconds from the end of one optimizer step to the end of the next, so that
-  waiting for the loader counts, of fits on the data and on the same batches, made before, in turn.
-- `ratio`: the first over the second, mean of the rounds, each of a fit of either kind, and its standard error;
-  `ratio_of_means` is of mean seconds and sees rare long waits, too. 1.02 = within 2 %.
+  waiting for the loader counts. One fit takes some steps from the loader and the same batches again out of memory, in
+  turn; the first steps of either part, in which workers' queues drain and fill, are not counted.
+- `ratio`: the first over the second, mean of the rounds, and its standard error; `ratio_of_means` is of mean seconds
+  and sees rare long waits, too. 1.02 = within 2 %.
 - `loader`: batches alone, taken as fast as they come, made by 0, 1 and 2 workers one after another: `images_per_s`
   and `positions_per_s` (without padding), medians of rounds. `images_a_step` and `positions_a_step` are what a step
   takes.
@@ -23,13 +24,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
 
 from tfusion.__main__ import run
 from tfusion.bench.check_data import DataCheck
@@ -41,23 +41,51 @@ from tfusion.training.trainer_settings import precision_on
 
 
 class StepEnds(L.Callback):
-    """Seconds from the end of one optimizer step to the end of the next."""
+    """Seconds from the end of one optimizer step to the end of the next, by part; the first of a part are left out."""
 
-    def __init__(self, first: int) -> None:
-        self.first, self.times, self.last = first, [], 0.0
+    def __init__(self, warmup: int, steps: int) -> None:
+        self.warmup, self.steps = warmup, steps
+        self.times: list[list[float]] = []
+        self.last = 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if (args[-1] + 1) % trainer.accumulate_grad_batches:
             return
         wait()
         now = time.perf_counter()
-        if trainer.global_step > self.first:
-            self.times.append(now - self.last)
+        place = (trainer.global_step - 1) % (self.warmup + self.steps)
+        if place == 0:
+            self.times.append([])
+        if place >= self.warmup:
+            self.times[-1].append(now - self.last)
         self.last = now
 
 
+class InTurn:
+    """Micro-batches as a loader gives them, `many` at a time, and the same again out of memory, `rounds` times."""
+
+    def __init__(self, loader: Iterable[Batch], many: int, rounds: int) -> None:
+        self.loader, self.many, self.rounds = loader, many, rounds
+        self.resident: list[Batch] = []
+
+    def __len__(self) -> int:  # known: else Lightning fetches one ahead, and a part pays for the other's
+        return 2 * self.many * self.rounds
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        for _ in range(self.rounds):
+            self.resident = []
+            for batch in islice(batches, self.many):
+                self.resident.append(batch)
+                yield batch
+            for batch in self.resident:
+                batch.position = None  # of the data, which does not go on
+            self.resident = [batch.to(DEVICE) for batch in self.resident]
+            yield from self.resident
+
+
 class Bench:
-    """A module and its data, in fits as often as wanted: its weights, compiled once, are those of the fit before."""
+    """A module and its data, and trainers for them."""
 
     def __init__(self, module: L.LightningModule, data: MultimodalDataModule, settings: Any) -> None:
         self.module, self.data, self.workers = module, data, data.num_workers
@@ -89,20 +117,13 @@ class Bench:
         self.data.layout = self.data.layout_under(trainer)
         return self.data.train_dataloader()
 
-    def resident(self, steps: int) -> list[Batch]:
-        """The batches of that many steps, from the first on."""
-        batches = list(islice(self.loader(self.trainer(1, []), 0), steps * self.micro_batches))
-        for batch in batches:
-            batch.position = None
-        return [batch.to(DEVICE) for batch in batches]
-
-    def step_times(self, resident: list[Batch] | None, steps: int, warmup: int) -> list[float]:
-        """Seconds of the steps of one fit, after its warm-up, which also fills and drains the workers' queues."""
-        ends = StepEnds(warmup)
-        trainer = self.trainer(warmup + steps, [ends])
-        loader = self.loader(trainer, self.workers) if resident is None else DataLoader(resident, batch_size=None)
-        trainer.fit(self.module, loader)
-        return ends.times
+    def fit(self, warmup: int, steps: int, rounds: int) -> tuple[list[Batch], list[list[float]], list[list[float]]]:
+        """The last batches, and the seconds of the steps of each round: on the loader, and out of memory."""
+        ends, many = StepEnds(warmup, steps), warmup + steps
+        trainer = self.trainer(2 * many * (rounds + 1), [ends])
+        batches = InTurn(self.loader(trainer, self.workers), many * self.micro_batches, rounds + 1)
+        trainer.fit(self.module, batches)
+        return batches.resident, ends.times[2::2], ends.times[3::2]  # the first round compiles
 
 
 def loader_rates(bench: Bench, workers: list[int], steps: int, rounds: int, warmup: int) -> dict[str, Any]:
@@ -143,13 +164,8 @@ def ratio_of(name: str, real: list[list[float]], resident: list[list[float]], of
 
 def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """The JSON object."""
-    resident = bench.resident(options.warmup + options.steps)
-    real: list[list[float]] = []
-    still: list[list[float]] = []
-    for number in range(options.rounds):  # a machine that grows slower or faster favours neither
-        for batches, times in ((None, real), (resident, still))[:: -1 if number % 2 else 1]:
-            times.append(bench.step_times(batches, options.steps, options.warmup))
-    data, timed = bench.data, resident[options.warmup * bench.micro_batches :]
+    resident, real, still = bench.fit(options.warmup, options.steps, options.rounds)
+    data, many = bench.data, options.warmup + options.steps
     rows, seq_len = resident[0].token_ids.shape
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
@@ -163,8 +179,8 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         "seq_len": seq_len,
         "workers": bench.workers,
         "steps": options.steps * options.rounds,
-        "images_a_step": sum(int(batch.image_valid.sum()) for batch in timed) / options.steps,
-        "positions_a_step": sum(int((batch.document_ids >= 0).sum()) for batch in timed) / options.steps,
+        "images_a_step": sum(int(batch.image_valid.sum()) for batch in resident) / many,
+        "positions_a_step": sum(int((batch.document_ids >= 0).sum()) for batch in resident) / many,
         "real_step_s": median([seconds for times in real for seconds in times]),
         "resident_step_s": median([seconds for times in still for seconds in times]),
         **ratio_of("ratio", real, still, median),
@@ -177,9 +193,9 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, default=20, help="timed, of each fit")
-    parser.add_argument("--warmup", type=int, default=12, help="steps before them; more than the workers' queues hold")
-    parser.add_argument("--rounds", type=int, default=8, help="fits of either kind, and rounds of the loader")
+    parser.add_argument("--steps", type=int, default=8, help="timed, of each part")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before them; 1 where there is no worker")
+    parser.add_argument("--rounds", type=int, default=20, help="parts of either kind, and rounds of the loader")
     parser.add_argument("--loader-steps", type=int, default=20, help="of the loader alone, a round")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of the loader alone")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
