@@ -100,16 +100,16 @@ def test_batches_come_from_the_loader_and_again_from_memory(
     assert result["steps"] == 6 and result["ratio_error"] >= 0
 
 
-def test_steps_are_counted_to_their_part() -> None:
+def test_steps_are_counted_to_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's seconds begin at the end of the step before; the first of a part are left out."""
     ends = bench.StepEnds(warmup=1, steps=2)
-    trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=0)
+    now, trainer = 0.0, SimpleNamespace(accumulate_grad_batches=2, global_step=0)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
     for micro_batch in range(12):
         trainer.global_step = (micro_batch + 1) // 2
-        time.sleep(0.02 if micro_batch < 6 else 0.001)
+        now += micro_batch
         ends.on_train_batch_end(trainer, None, None, None, micro_batch)
-    assert [len(part) for part in ends.times] == [2, 2]
-    assert min(ends.times[0]) > 0.04 and max(ends.times[1]) < 0.04
+    assert ends.times == [[2 + 3, 4 + 5], [8 + 9, 10 + 11]]
 
 
 @pytest.mark.slow
