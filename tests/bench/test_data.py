@@ -77,6 +77,25 @@ def test_a_slow_loader_is_seen(
     assert result["real_step_s"] > result["resident_step_s"] + 0.5
 
 
+def test_what_was_made_ahead_is_thrown_away() -> None:
+    """Else a part could live on what workers had made during the other one, and a slow loader would look fast."""
+    made = [SimpleNamespace(position=n, number=n, to=lambda device, n=n: n) for n in range(40)]
+    parts = list(bench.InTurn(made, many=3, rounds=2, ahead=4))
+    assert [getattr(batch, "number", batch) for batch in parts] == [4, 5, 6] * 2 + [11, 12, 13] * 2
+
+
+def test_workers_make_ahead_what_is_thrown_away(
+    arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers and two micro-batches a step: two steps ahead each, of two micro-batches."""
+    seen, in_turn = [], bench.InTurn
+    monkeypatch.setattr(bench, "InTurn", lambda *args: (seen.append(args[3]), in_turn(*args))[1])
+    monkeypatch.setattr(bench, "loader_rates", lambda *args: {})
+    printed([*arguments, "--data.num_workers", "2", "--trainer.accumulate_grad_batches", "2"], capsys)
+    printed(arguments, capsys)
+    assert seen == [2 * 2 * 2, 0]
+
+
 def test_ratio_of_rounds() -> None:
     found = bench.ratio_of("ratio", [[2.0, 2.0], [3.0, 3.0]], [[2.0, 2.0], [2.0, 2.0]], bench.median)
     assert found == {"ratio": 1.25, "ratio_error": 0.25}

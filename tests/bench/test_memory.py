@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,33 @@ def test_gradients_are_there_in_the_forward_of_all_micro_batches_but_the_first()
         assert [line["accumulates"] for line in lines] == [micro_batches > 1] * 6
         peaks.append(lines[1]["peak_forward_backward"] - lines[1]["gradients"])
     assert peaks[0] + 0.5 * lines[1]["gradients"] < peaks[1]
+
+
+@pytest.mark.parametrize(
+    ("devices", "num_nodes", "rows"),
+    [(8, 1, 4), (8, 2, 2), ("8", 1, 4), ([0, 1], 1, 16), (64, 1, 1), (-1, 1, None), ("auto", 1, None)],
+)
+def test_rows_of_one_process(devices: object, num_nodes: int, rows: int | None) -> None:
+    trainer = SimpleNamespace(devices=devices, num_nodes=num_nodes, accumulate_grad_batches=16)
+    config = SimpleNamespace(trainer=trainer, data=SimpleNamespace(rows_per_step=512))
+    assert memory.rows_of(config) == rows
+
+
+def test_rows_that_depend_on_the_machine_are_asked_for(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        memory.main(["--config", "configs/quickstart.yaml", "--config", "configs/trainer/ddp.yaml"])
+    assert "trainer.devices is -1, so the rows of one process depend on the machine: give --rows" in (
+        capsys.readouterr().err
+    )
+
+
+def test_short_rows() -> None:
+    """An image of 16 patches, one token of caption and an empty text take 23 positions."""
+    model = SimpleNamespace(num_patches=16, latent_shape=(3, 16, 16))
+    batch = memory.batch_of(model, rows=2, seq_len=23)
+    assert (batch.document_ids >= 0).all() and batch.image_valid.sum() == 2
+    with pytest.raises(ValueError, match="22 positions has no room for an image of 16: take data.seq_len >= 23"):
+        memory.batch_of(model, rows=2, seq_len=22)
 
 
 def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,12 @@ def model_of(config: Any, checkpointing: str) -> MultimodalModel:
 def batch_of(model: MultimodalModel, rows: int, seq_len: int) -> Batch:
     """Rows without padding: images with a caption up to half of each, and one text."""
     P, shape = model.num_patches, model.latent_shape
+    caption = min(CAPTION, seq_len - P - 6)  # (BOS, BOI, EOI, EOS, and BOS, EOS of a text)
+    if shape is not None and caption < 1:
+        raise ValueError(f"a row of {seq_len} positions has no room for an image of {P}: take data.seq_len >= {P + 7}")
     images = 0 if shape is None else max(1, seq_len // 2 // (CAPTION + P + 4))
     picture = None if shape is None else Image(torch.zeros(shape))
-    documents = [Document(([NUM_SPECIAL_IDS] * CAPTION, picture))] * images
+    documents = [Document(([NUM_SPECIAL_IDS] * caption, picture))] * images
     rest = seq_len - sum(document.length(P) for document in documents)
     documents.append(Document(([NUM_SPECIAL_IDS] * (rest - 2),)))
     row_shape = RowShape(seq_len, P, images, shape or (0, 0, 0), None)
@@ -218,13 +221,28 @@ def _faked(batch: Batch, fake: FakeTensorMode) -> Batch:
     return dataclasses.replace(batch, **{name: fake.from_tensor(value) for name, value in tensors.items()})
 
 
+def rows_of(config: Any) -> int | None:
+    """Of a micro-batch of one process; None = the config does not say how many processes there are."""
+    devices = config.trainer.devices
+    devices = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else None
+    if not devices:
+        return None
+    processes = devices * config.trainer.num_nodes
+    return max(1, config.data.rows_per_step // processes // config.trainer.accumulate_grad_batches)
+
+
 def main(args: list[str] | None = None, write: Callable[[str], Any] = sys.stdout.write) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, help="rows at once; default: those of a micro-batch of one process")
     options, of_fit = parser.parse_known_args(args)
     config = run(ConfigReader, ["fit", *of_fit]).config["fit"]
-    devices = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
-    rows = options.rows or max(1, config.data.rows_per_step // devices // config.trainer.accumulate_grad_batches)
+    rows = (
+        options.rows
+        or rows_of(config)
+        or parser.error(
+            f"trainer.devices is {config.trainer.devices!r}, so the rows of one process depend on the machine: give --rows"
+        )
+    )
     for checkpointing, whole in product(("none", "selective", "full"), (False, True)):
         write(json.dumps(measure(config, rows, checkpointing, whole)) + "\n")
 

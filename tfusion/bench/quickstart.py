@@ -74,6 +74,7 @@ def main(args: list[str] | None = None) -> None:
         "caption_accuracy": caption_accuracy(module, pictures, NUM_NAMES),
     }
     trainer = L.Trainer(
+        devices=1,
         logger=False,
         callbacks=[Perplexity()],
         precision=module.precision,

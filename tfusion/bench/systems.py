@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tfusion.bench.systems_table import as_table
-from tfusion.training.run_folder import read_metrics
+from tfusion.training.run_folder import read_metrics, write_atomically
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def run(system: System, seed: int, out: Path, configs: Path, threads: int, extra
     asked = root / "command.json"
     if asked.exists() and json.loads(asked.read_text(encoding="utf-8")) != fit[1:]:
         return failed(system, seed, f"{root} was made by another command (command.json): give another --out")
-    asked.write_text(json.dumps(fit[1:]) + "\n", encoding="utf-8")
+    write_atomically(asked, json.dumps(fit[1:]) + "\n")
     if (root / "checkpoints" / "last.ckpt").exists():
         fit += ["--ckpt_path", "last"]
     validate = [sys.executable, "-m", "tfusion", "validate", "--config", str(root / "config.yaml")]
@@ -166,7 +166,7 @@ def write(file: Path, results: list[dict[str, Any]]) -> None:
     """Put the results into the file, in the place of older ones of the same runs."""
     older = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     runs = {(result["system"], result["seed"]): result for result in older + results}
-    file.write_text(json.dumps(list(runs.values()), indent=1) + "\n", encoding="utf-8")
+    write_atomically(file, json.dumps(list(runs.values()), indent=1) + "\n")
 
 
 def main(args: list[str] | None = None) -> None:
