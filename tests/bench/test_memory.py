@@ -104,6 +104,8 @@ def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     for logits in ("whole", "chunked"):
         held = [found[checkpointing, logits]["activations"] for checkpointing in ("none", "selective", "full")]
         assert held == sorted(held, reverse=True) and len(set(held)) == 3
+        selective, full = (found[way, logits]["formula"]["activations"] for way in ("selective", "full"))
+        assert held[1] - held[2] == selective - full  # what the adapters and the loss keep is in both
     for checkpointing in ("none", "selective", "full"):
         whole, chunked = found[checkpointing, "whole"], found[checkpointing, "chunked"]
         assert whole["loss"] == pytest.approx(whole["formula"]["loss"], rel=0.1)
