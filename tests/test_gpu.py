@@ -129,8 +129,7 @@ def test_replayed_generation_is_plain_generation(
     module._held = []
     monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.call(*inputs))
     monkeypatch.setattr(TokenSteps, "__call__", lambda self, contents: extend(self.model, self.cache, contents))
-    one_by_one = lambda self, ids: extend(self.model, self.cache, [[i] for i in ids.tolist()])  # noqa: E731
-    monkeypatch.setattr(TokenSteps, "of_all", one_by_one)
+    monkeypatch.setattr(TokenSteps, "of_all", lambda self, ids: self([[i] for i in ids.tolist()]))
     plain = module.generate(asked) + module.generate(UNGUIDED)
     for a, b in zip(ours, plain, strict=True):
         assert [type(s) for s in a.segments] == [type(s) for s in b.segments]

@@ -236,13 +236,9 @@ def main(args: list[str] | None = None, write: Callable[[str], Any] = sys.stdout
     parser.add_argument("--rows", type=int, help="rows at once; default: those of a micro-batch of one process")
     options, of_fit = parser.parse_known_args(args)
     config = run(ConfigReader, ["fit", *of_fit]).config["fit"]
-    rows = (
-        options.rows
-        or rows_of(config)
-        or parser.error(
-            f"trainer.devices is {config.trainer.devices!r}, so the rows of one process depend on the machine: give --rows"
-        )
-    )
+    rows, devices = options.rows or rows_of(config), config.trainer.devices
+    if rows is None:
+        parser.error(f"trainer.devices is {devices!r}, so the rows of one process depend on the machine: give --rows")
     for checkpointing, whole in product(("none", "selective", "full"), (False, True)):
         write(json.dumps(measure(config, rows, checkpointing, whole)) + "\n")
 
